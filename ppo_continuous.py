@@ -390,6 +390,8 @@ class RunningMeanStd(nn.Module):
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(shape))  # mean and 1 / std in the networks' float32
+        self.register_buffer("scale", torch.ones(shape))
 
     @torch.no_grad()
     def update(self, x: torch.Tensor):
@@ -401,6 +403,8 @@ class RunningMeanStd(nn.Module):
         self.var.copy_((self.var * self.count + var * count + delta**2 * self.count * count / total) / total)
         self.mean += delta * count / total
         self.count.copy_(total)
+        self.shift.copy_(self.mean)
+        self.scale.copy_((self.var + 1e-8).rsqrt())
 
 
 def layer_init(layer: nn.Linear, std: float = math.sqrt(2), bias: float = 0.0) -> nn.Linear:
@@ -434,7 +438,7 @@ class Agent(nn.Module):
         evaluation and every epoch of an iteration see the same inputs."""
         if not self.norm_obs:
             return obs
-        return ((obs - self.obs_rms.mean.float()) * (self.obs_rms.var + 1e-8).rsqrt().float()).clamp(-10, 10)
+        return ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10)
 
     def policy(self, obs: torch.Tensor):
         """Normalised obs [B, O] -> mean [B, A], log_std [B, A]."""
@@ -458,7 +462,7 @@ class Agent(nn.Module):
 
 
 def check_finite(values: dict, global_step: int):
-    """Raise FloatingPointError for the first of these numbers, arrays or tensors that has a nan or an inf."""
+    """Raise FloatingPointError for the first of these numbers or arrays that has a nan or an inf."""
     for name, value in values.items():
         if not np.isfinite(value).all():
             raise FloatingPointError(f"{name} is nan or inf at step {global_step:,}")
@@ -469,7 +473,7 @@ def act(agent: Agent, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """mean + sigma * noise for raw obs [N, O] and standard normal noise [N, A]. Left uncompiled: at this size a
     compiled call saves nothing."""
     mean, log_std = agent.policy(agent.normalize(obs))
-    return mean + log_std.exp() * noise
+    return torch.addcmul(mean, log_std.exp(), noise)
 
 
 def start_episodes(envs, num_envs: int, seed: int) -> dict:
@@ -486,7 +490,7 @@ def rollout(envs, agent: Agent, running: dict, action_space: gym.spaces.Box, arg
     tuples (global_step, return, length). Raises FloatingPointError on a nan or inf from an environment.
     """
     T, N, O, A = args.num_steps, args.num_envs, running["obs"].shape[1], action_space.shape[0]
-    device = agent.obs_rms.mean.device
+    device = agent.obs_rms.shift.device
     rows = {
         "obs": torch.empty(T, N, O),
         "actions": torch.empty(T, N, A),  # as drawn; only the environment sees them clipped
@@ -536,7 +540,7 @@ def scale_rewards(
         carry = carry * ~done[t]
     running["discounted_return"] = carry
     rms.update(torch.from_numpy(discounted))
-    return np.clip(rewards / math.sqrt(rms.var.item() + 1e-8), -10, 10)
+    return np.clip(rewards * rms.scale.item(), -10, 10)
 
 
 def gae(rewards, values, next_values, terminated, done, gamma: float, gae_lambda: float) -> np.ndarray:
@@ -560,7 +564,7 @@ def gae(rewards, values, next_values, terminated, done, gamma: float, gae_lambda
 def make_batch(rows: dict, agent: Agent, running: dict, reward_rms: RunningMeanStd, args: Args):
     """Rows [T, N, ...] to the batch that the update reads, tensors [T * N, ...] on the agent's device. The old
     policy and the values are computed here, in one pass. Also returns the value's explained variance."""
-    device = agent.obs_rms.mean.device
+    device = agent.obs_rms.shift.device
     obs = agent.normalize(rows["obs"].to(device))
     actions = rows["actions"].to(device)
     mean, log_std, values = agent(obs)
@@ -941,11 +945,11 @@ def start_tracking(args: Args, run_dir: Path):
 
 def evaluate(agent: Agent, args: Args, run_dir: Path, stop=lambda: False) -> list[float]:
     """Undiscounted returns of episodes with the mean action, on gymnasium, all statistics frozen."""
-    env = make_env(args.env_id, render_mode="rgb_array" if args.capture_video else None)
+    env = make_env(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     if args.capture_video:
         folder = str(run_dir / "videos" / str(int(time.time())))
         env = gym.wrappers.RecordVideo(env, folder, episode_trigger=lambda _: True, disable_logger=True)
-    device, noise = agent.obs_rms.mean.device, torch.zeros(1, *env.action_space.shape)
+    device, noise = agent.obs_rms.shift.device, torch.zeros(1, *env.action_space.shape)
     returns = []
     for episode in range(args.eval_episodes):
         obs, done, total = env.reset(seed=args.seed + args.num_envs + episode)[0], False, 0.0
@@ -1024,6 +1028,9 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
         start_tracking(args, run_dir)
     episodes_csv, writer = open_logs(run_dir, checkpoint["logs"] if checkpoint else {})
 
+    if not checkpoint:
+        writer.add_text("args", "\n".join(f"    {name}: {value}" for name, value in dataclasses.asdict(args).items()))
+
     batch_size = args.num_envs * args.num_steps
     iterations = args.total_timesteps // batch_size
     total = iterations * batch_size
@@ -1046,7 +1053,7 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
                 compile_seconds = time.perf_counter() - compile_started
             optimizer, metrics = update(step_fn, optimizer, batch, coefs, args)
             global_step = progress["global_step"] + batch_size
-            check_finite({**metrics, "parameter": optimizer["theta"]}, global_step)
+            check_finite({**metrics, "parameter": optimizer["theta"].cpu().numpy()}, global_step)
             write_parameters(optimizer["theta"], agent)
             agent.obs_rms.update(rows["obs"])
 
