@@ -34,6 +34,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.metadata
+import importlib.util
 import inspect
 import io
 import json
@@ -42,6 +43,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -52,11 +54,9 @@ from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 import tyro
-from gymnasium.envs.mujoco import MujocoEnv
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -153,15 +153,18 @@ class Args:
     """film the evaluation, videos/*/*.mp4 in the run's folder"""
 
 
-# What may differ when a run is resumed: all that does not change its course.
-RESUME_MAY_CHANGE = {
-    "resume",
-    "device",
-    "torch_threads",
-    "env_threads",
-    "checkpoint_every",
-    "eval_episodes",
-    "capture_video",
+# What a flag may change when a run is resumed or evaluated: all that does not change its course or its model.
+MAY_CHANGE = {
+    "resume": {
+        "resume",
+        "device",
+        "torch_threads",
+        "env_threads",
+        "checkpoint_every",
+        "eval_episodes",
+        "capture_video",
+    },
+    "eval": {"eval", "device", "torch_threads", "eval_episodes", "capture_video", "seed"},
 }
 
 
@@ -212,16 +215,18 @@ def parse_args(argv: list[str]) -> Args:
         print(help_page())
         raise SystemExit(0)
     args = command_line(argv)
-    if args.resume and args.eval:
-        fail(f"--resume {args.resume} and --eval {args.eval}: give one of them")
-    if not (args.resume or args.eval):
+    given = {name: getattr(args, name) for name in ("resume", "eval") if getattr(args, name) is not None}
+    if not given:
         return args
-    saved = saved_args("resume" if args.resume else "eval", args.resume or args.eval)
+    if len(given) == 2:
+        fail(f"--resume {args.resume} and --eval {args.eval}: give one of them")
+    [(mode, folder)] = given.items()
+    saved = saved_args(mode, folder)
     saved.device = "auto"  # a run may move to another machine
     args = command_line(argv, default=saved)
     for name, value in dataclasses.asdict(args).items():
-        if args.resume and value != getattr(saved, name) and name not in RESUME_MAY_CHANGE:
-            fail(f"{flag(name)} {value}: the run in {args.resume} has {getattr(saved, name)}; leave the flag out")
+        if value != getattr(saved, name) and name not in MAY_CHANGE[mode]:
+            fail(f"{flag(name)} {value}: the run in {folder} has {getattr(saved, name)}; leave the flag out")
     return args
 
 
@@ -230,13 +235,15 @@ def check_args(args: Args):
     unit_interval = {"gamma", "gae_lambda"}
     at_least_0 = {"seed", "env_threads", "clip_coef", "vf_coef", "ent_coef"}
     for name, value in dataclasses.asdict(args).items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or name == "log_std_init":
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
+        if name == "log_std_init" and not abs(value) <= 20:
+            fail(f"{flag(name)} {value}: must be in [-20, 20]")
         if name in unit_interval and not 0 <= value <= 1:
             fail(f"{flag(name)} {value}: must be in [0, 1]")
-        if name in at_least_0 and not 0 <= value < 2**32:
-            fail(f"{flag(name)} {value}: must be 0 or more, and below 2**32")
-        if name not in unit_interval | at_least_0 and not 0 < value < math.inf:
+        if name in at_least_0 and not 0 <= value < 2**31:
+            fail(f"{flag(name)} {value}: must be 0 or more, and below 2**31")
+        if name not in {*unit_interval, *at_least_0, "log_std_init"} and not 0 < value < math.inf:
             fail(f"{flag(name)} {value}: must be above 0")
     batch_size = args.num_envs * args.num_steps
     batch = f"the batch, {args.num_envs} x {args.num_steps} = {batch_size} steps"
@@ -246,6 +253,8 @@ def check_args(args: Args):
         fail(f"--total-timesteps {args.total_timesteps}: must be at least {batch}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail(f"--device cuda: torch {torch.__version__} finds no CUDA device here; use --device cpu or auto")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track: Weights & Biases is not installed; pip install wandb==0.31.0")
     if "/" in args.exp_name:
         fail(f"--exp-name {args.exp_name}: must do as part of a folder's name, without /")
 
@@ -270,7 +279,8 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
             close = difflib.get_close_matches(env_id, gym.registry, n=3)
             fail(f"--env-id {env_id}: {error}" + (f" Close matches: {', '.join(close)}" if close else ""))
         except Exception as error:  # whatever a third party's constructor raises is about this id
-            fail(f"--env-id {env_id}: cannot be made: {error}")
+            renderer = f" (MUJOCO_GL={os.environ['MUJOCO_GL']})" if "MUJOCO_GL" in os.environ else ""
+            fail(f"--env-id {env_id}: cannot be made: {error}{renderer}")
     obs_space, action_space = env.observation_space, env.action_space
     boxes = obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]
     if not all(isinstance(box, gym.spaces.Box) and len(box.shape) == 1 for box in boxes):
@@ -344,8 +354,11 @@ class EnvPoolEnvs:
 def mujoco_state(env: gym.Env) -> dict | None:
     """The physics, the random generator and the step counter of a MuJoCo environment; None for any other."""
     base = env.unwrapped
-    if not isinstance(base, MujocoEnv):
+    mujoco_env = sys.modules.get("gymnasium.envs.mujoco.mujoco_env")  # the script itself can do without MuJoCo
+    if mujoco_env is None or not isinstance(base, mujoco_env.MujocoEnv):
         return None
+    import mujoco
+
     spec = mujoco.mjtState.mjSTATE_INTEGRATION
     physics = np.empty(mujoco.mj_stateSize(base.model, spec))
     mujoco.mj_getState(base.model, base.data, physics, spec)
@@ -366,6 +379,8 @@ def mujoco_state(env: gym.Env) -> dict | None:
 
 def load_mujoco_state(env: gym.Env, state: dict):
     """Continue the episode that mujoco_state captured, bit for bit."""
+    import mujoco
+
     base = env.unwrapped
     env.reset()
     mujoco.mj_setState(base.model, base.data, state["physics"].numpy(), mujoco.mjtState.mjSTATE_INTEGRATION)
@@ -502,6 +517,7 @@ def rollout(envs, agent: Agent, running: dict, action_space: gym.spaces.Box, arg
     views = {name: tensor.numpy() for name, tensor in rows.items()}
     noise = torch.randn(T, N, A).to(device)
     episodes = []
+    check_finite({"first observation": running["obs"]}, global_step)
     for t, obs in enumerate(rows["obs"]):
         views["obs"][t] = running["obs"]
         actions = act(agent, obs.to(device), noise[t]).cpu().numpy()
@@ -734,7 +750,7 @@ def compile_update(agent: Agent, optimizer: dict, coefs: dict, batch: dict, args
         compiled(optimizer, batch, indices.to(optimizer["theta"].device), coefs)
     except Exception as error:  # a mistake in the loss will show again, with its traceback, in the plain function
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
-        print(f"notice: the update runs uncompiled, several times slower ({reason})", file=sys.stderr)
+        tqdm.write(f"notice: the update runs uncompiled, several times slower ({reason})", file=sys.stderr)
         return step
     return compiled
 
@@ -786,14 +802,16 @@ def torch_bytes(value) -> bytes:
     return buffer.getvalue()
 
 
-def torch_load(path: Path, flag: str):
-    """A file written by torch.save, as tensors on the CPU; no code in it is run. Exits with 2 if it is damaged."""
+def torch_load(path: Path, flag: str, key: str) -> dict:
+    """A dict that torch.save wrote, on the CPU; no code in it is run. Exits with 2 if it is damaged or has no `key`."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved[key]
+        return saved
     except FileNotFoundError:
         fail(f"--{flag} {path.parent}: has no {path.name}")
     except Exception as error:
-        fail(f"--{flag} {path.parent}: {path} is corrupt or truncated ({type(error).__name__})")
+        fail(f"--{flag} {path.parent}: {path} is corrupt, truncated or no checkpoint ({type(error).__name__})")
 
 
 def saved_args(flag: str, folder: str) -> Args:
@@ -870,13 +888,14 @@ def create_run(args: Args, device: torch.device, *state) -> Path:
 
 def open_logs(run_dir: Path, sizes: dict):
     """episodes.csv and a TensorBoard writer, after cutting what earlier starts of the run logged to `sizes`."""
+    for name, size in sizes.items():
+        if not (run_dir / name).exists() or (run_dir / name).stat().st_size < size:
+            fail(f"--resume {run_dir}: {name} is missing, or shorter than it was at the checkpoint")
     for path in [run_dir / "episodes.csv", *run_dir.glob("events.out.tfevents.*")]:
-        if path.name not in sizes:
-            path.unlink(missing_ok=True)
-        elif path.stat().st_size < sizes[path.name]:
-            fail(f"--resume {run_dir}: {path} is shorter than it was at the checkpoint")
-        else:
+        if path.name in sizes:
             os.truncate(path, sizes[path.name])
+        else:
+            path.unlink(missing_ok=True)
     episodes = open(run_dir / "episodes.csv", "a")
     if episodes.tell() == 0:
         episodes.write("global_step,return,length\n")
@@ -898,23 +917,21 @@ def log_sizes(run_dir: Path, episodes, writer: SummaryWriter) -> dict:
 # ======================================================================================================
 
 
-def choose_renderer(env: gym.Env):
-    """Without a display, have MuJoCo render through EGL or OSMesa, whichever works; exits with 2 if neither does."""
-    if not isinstance(env.unwrapped, MujocoEnv) or (os.environ.get("DISPLAY") and "MUJOCO_GL" not in os.environ):
-        return
-    names = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]
-    for name in names:  # a process each, since PyOpenGL binds to one platform for good
-        code = f"from mujoco.{name} import GLContext; GLContext(64, 64).make_current()"
-        if (
-            subprocess.run(
-                [sys.executable, "-c", code], env={**os.environ, "MUJOCO_GL": name}, capture_output=True
-            ).returncode
-            == 0
-        ):
-            os.environ["MUJOCO_GL"] = name
+def choose_renderer(env_id: str):
+    """Render one frame, in a process of its own since MuJoCo binds to one renderer for good; without a display set
+    MUJOCO_GL to egl or osmesa, whichever works. Exits with 2 where nothing does."""
+    names = [os.environ.get("MUJOCO_GL")] if {"MUJOCO_GL", "DISPLAY"} & os.environ.keys() else ["egl", "osmesa"]
+    frame = "import sys, gymnasium as gym; env = gym.make(sys.argv[1], render_mode='rgb_array')"
+    frame += "; env.reset(); assert env.render().ndim == 3"
+    for name in names:
+        environ = os.environ | ({"MUJOCO_GL": name} if name else {})
+        tried = subprocess.run([sys.executable, "-c", frame, env_id], env=environ, capture_output=True, text=True)
+        if tried.returncode == 0:
+            os.environ.update(environ)
             return
-    tried = " or ".join(names)
-    fail(f"--capture-video: MUJOCO_GL={tried} does not work here; install libegl1 or libosmesa6 (Debian, Ubuntu)")
+    how = f"MUJOCO_GL={' or '.join(names)}" if names[0] else "this display"
+    reason = (tried.stderr.strip().splitlines() or ["no frame"])[-1]
+    fail(f"--capture-video: {env_id} cannot be rendered with {how} ({reason}); Debian has libegl1 and libosmesa6")
 
 
 @contextlib.contextmanager
@@ -962,6 +979,8 @@ def evaluate(agent: Agent, args: Args, run_dir: Path, stop=lambda: False) -> lis
             done, total = terminated or truncated, total + float(reward)
         returns.append(total)
     env.close()
+    if stop():
+        return []
     print(f"evaluation: {len(returns)} greedy episodes, return {np.mean(returns):.1f} +- {np.std(returns):.1f}")
     print("  " + " ".join(f"{value:.1f}" for value in returns))
     if args.capture_video:
@@ -978,13 +997,13 @@ def main(args: Args):
         return
     env = make_env(args.env_id)
     if args.capture_video:
-        choose_renderer(env)
+        choose_renderer(args.env_id)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args).to(device)
     if args.eval:
-        agent.load_state_dict(torch_load(Path(args.eval) / "model.pt", "eval"))
+        agent.load_state_dict(torch_load(Path(args.eval) / "model.pt", "eval", "obs_rms.mean"))
         evaluate(agent, args, Path(args.eval))
         return
     with catch_signals() as stop_requested:
@@ -992,7 +1011,7 @@ def main(args: Args):
         if not stop_requested():
             result["eval_returns"] = evaluate(agent, args, run_dir, stop_requested)
         if stop_requested():
-            print(f"interrupted; continue with: python {sys.argv[0]} --resume {run_dir}")
+            print(f"interrupted; continue with: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}")
             raise SystemExit(130)
     replace_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
     print(f"wrote {run_dir}")
@@ -1000,9 +1019,9 @@ def main(args: Args):
 
 def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_requested):
     """Start or resume a run, until its end or until stop_requested(). Returns its folder and what came of it."""
-    checkpoint = torch_load(Path(args.resume) / "checkpoint.pt", "resume") if args.resume else None
+    checkpoint = torch_load(Path(args.resume) / "checkpoint.pt", "resume", "progress") if args.resume else None
     progress = checkpoint["progress"] if checkpoint else {"iteration": 0, "global_step": 0, "seconds": 0.0}
-    seed = args.seed + progress["global_step"]
+    seed = (args.seed + progress["global_step"]) % 2**31
     if args.backend == "envpool":
         envs = EnvPoolEnvs(args.env_id, args.num_envs, seed, args.env_threads)
     else:
@@ -1028,18 +1047,27 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
         start_tracking(args, run_dir)
     episodes_csv, writer = open_logs(run_dir, checkpoint["logs"] if checkpoint else {})
 
-    if not checkpoint:
+    if progress["iteration"] == 0:
         writer.add_text("args", "\n".join(f"    {name}: {value}" for name, value in dataclasses.asdict(args).items()))
 
     batch_size = args.num_envs * args.num_steps
     iterations = args.total_timesteps // batch_size
     total = iterations * batch_size
-    print(f"{run_dir}: {total:,} steps, {iterations} x {args.num_envs} x {args.num_steps}, {args.backend}, {device}")
-    step_fn, last_return, sps, compile_seconds, started = None, math.nan, 0, 0.0, time.perf_counter()
-    first_step, seconds_before = progress["global_step"], progress["seconds"]
+    print(
+        f"{run_dir}: {total:,} steps, {iterations} x {args.num_envs} x {args.num_steps}, {args.backend}, {device}",
+        flush=True,
+    )
+    step_fn, last_return, compile_seconds, started = None, math.nan, 0.0, time.perf_counter()
+    seconds_before = progress["seconds"]
     bar_format = "{percentage:3.0f}% |{bar:20}| {n:,}/{total:,} steps, {desc}, ETA {remaining}"
     mininterval = 0.2 if sys.stderr.isatty() else 10  # seconds
-    bar = tqdm(total=total, initial=first_step, desc="first rollout", bar_format=bar_format, mininterval=mininterval)
+    bar = tqdm(
+        total=total,
+        initial=progress["global_step"],
+        desc="first rollout",
+        bar_format=bar_format,
+        mininterval=mininterval,
+    )
     try:
         for iteration in range(progress["iteration"] + 1, iterations + 1):
             if args.anneal_lr:
@@ -1057,19 +1085,20 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
             write_parameters(optimizer["theta"], agent)
             agent.obs_rms.update(rows["obs"])
 
-            seconds = time.perf_counter() - started - compile_seconds
-            progress = {"iteration": iteration, "global_step": global_step, "seconds": seconds_before + seconds}
+            seconds = seconds_before + time.perf_counter() - started - compile_seconds
+            progress = {"iteration": iteration, "global_step": global_step, "seconds": seconds}
             for step, episodic_return, length in episodes:
                 episodes_csv.write(f"{step},{episodic_return!r},{length}\n")
                 writer.add_scalar("charts/episodic_return", episodic_return, step)
                 writer.add_scalar("charts/episodic_length", length, step)
                 last_return = episodic_return
-            sps = int((global_step - first_step) / seconds)
+            sps = int(global_step / seconds)
             writer.add_scalar("charts/learning_rate", coefs["learning_rate"].item(), global_step)
             writer.add_scalar("charts/SPS", sps, global_step)
             for name, value in {**metrics, "explained_variance": explained_variance}.items():
                 writer.add_scalar(f"losses/{name}", value, global_step)
-            bar.set_description_str(f"{sps:,} SPS, last return {last_return:.1f}", refresh=False)
+            last = "no episode yet" if math.isnan(last_return) else f"last return {last_return:.1f}"
+            bar.set_description_str(f"{sps:,} SPS, {last}", refresh=False)
             bar.update(batch_size)
             if iteration % args.checkpoint_every == 0 or iteration == iterations or stop_requested():
                 logs = log_sizes(run_dir, episodes_csv, writer)
@@ -1085,6 +1114,7 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
         writer.close()
     if error:
         fail(error, status=1)
+    sps = int(progress["global_step"] / progress["seconds"])
     return run_dir, {**progress, "sps": sps, "compile_seconds": compile_seconds}
 
 

@@ -108,7 +108,7 @@ def figure(rows: list[dict], curves: list[dict], path: Path):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("episodic return (mean over 20k steps)")
-    axes[0, 0].legend(frameon=False, loc="upper left")
+    axes[0, 0].legend(frameon=False, loc="lower right")
     fig.tight_layout()
     fig.savefig(path, dpi=110, metadata={"Software": None})
 
@@ -125,6 +125,8 @@ def table(rows: list[dict]) -> str:
 
 
 def main(args: Args):
+    for folder in ("results", "figures"):
+        (HERE / folder).mkdir(exist_ok=True)
     rows_csv, curves_csv = HERE / f"results/{args.name}.csv", HERE / f"results/{args.name}_curves.csv.gz"
     if args.runs is not None:
         runs = sorted((read_run(path.parent) for path in args.runs.rglob("result.json")), key=lambda run: str(run[0]))
