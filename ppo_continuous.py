@@ -33,6 +33,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import inspect
@@ -745,6 +746,7 @@ def compile_update(agent: Agent, optimizer: dict, coefs: dict, batch: dict, args
         optimizer = {name: tensor.clone() for name, tensor in optimizer.items()}  # the next replay overwrites it
         return optimizer, metrics.clone()
 
+    gc.disable()  # the compiler's many small objects cost the collector 2 s
     try:
         indices = torch.arange(len(batch["obs"])).view(args.num_minibatches, -1)[: minibatches_per_call(args)]
         compiled(optimizer, batch, indices.to(optimizer["theta"].device), coefs)
@@ -752,6 +754,8 @@ def compile_update(agent: Agent, optimizer: dict, coefs: dict, batch: dict, args
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
         tqdm.write(f"notice: the update runs uncompiled, several times slower ({reason})", file=sys.stderr)
         return step
+    finally:
+        gc.enable()
     return compiled
 
 
