@@ -165,7 +165,7 @@ MAY_CHANGE = {
         "eval_episodes",
         "capture_video",
     },
-    "eval": {"eval", "device", "torch_threads", "eval_episodes", "capture_video", "seed"},
+    "eval": {"eval", "device", "torch_threads", "eval_episodes", "capture_video", "seed", "runs_dir"},
 }
 
 

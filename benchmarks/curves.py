@@ -129,7 +129,8 @@ def main(args: Args):
         (HERE / folder).mkdir(exist_ok=True)
     rows_csv, curves_csv = HERE / f"results/{args.name}.csv", HERE / f"results/{args.name}_curves.csv.gz"
     if args.runs is not None:
-        runs = sorted((read_run(path.parent) for path in args.runs.rglob("result.json")), key=lambda run: str(run[0]))
+        runs = [read_run(path.parent) for path in args.runs.rglob("result.json")]
+        runs.sort(key=lambda run: (run[0]["env_id"], run[0]["seed"]))
         if not runs:
             sys.exit(f"error: {args.runs} holds no finished run")
         write_csv(rows_csv, [row for row, _ in runs])
