@@ -21,7 +21,7 @@ For states s, actions a and advantages A gathered with the policy pi_old, maximi
     A < 0: it did worse; lower its probability, but gain nothing below r = 1 - eps.
     The min keeps the gradient that undoes an overshoot and drops the one that would go further.
 
-L_V is the (clipped) squared error of V against the GAE return, S the entropy. The rest follows "The 37
+L_V is half the squared error of V against the GAE return, S the entropy. The rest follows "The 37
 Implementation Details of PPO" (Huang et al. 2022), continuous control, except where a comment says why not.
 This file is the base: every other script of the project is read as a diff against it.
 
@@ -156,16 +156,8 @@ class Args:
 
 # What a flag may change when a run is resumed or evaluated: all that does not change its course or its model.
 MAY_CHANGE = {
-    "resume": {
-        "resume",
-        "device",
-        "torch_threads",
-        "env_threads",
-        "checkpoint_every",
-        "eval_episodes",
-        "capture_video",
-    },
-    "eval": {"eval", "device", "torch_threads", "eval_episodes", "capture_video", "seed", "runs_dir"},
+    "resume": "resume device torch_threads env_threads checkpoint_every eval_episodes capture_video".split(),
+    "eval": "eval device torch_threads eval_episodes capture_video seed runs_dir".split(),
 }
 
 
@@ -364,15 +356,11 @@ def mujoco_state(env: gym.Env) -> dict | None:
     physics = np.empty(mujoco.mj_stateSize(base.model, spec))
     mujoco.mj_getState(base.model, base.data, physics, spec)
     # Some environments read derived arrays (Ant xpos, Humanoid xipos) before the next step recomputes them.
-    derived = {name: getattr(base.data, name) for name in dir(base.data) if not name.startswith("_")}
-    derived = {
-        name: torch.from_numpy(a.copy())
-        for name, a in derived.items()
-        if isinstance(a, np.ndarray) and a.size and a.dtype.kind in "fi"
-    }
+    arrays = {name: getattr(base.data, name) for name in dir(base.data) if not name.startswith("_")}
+    arrays = {name: a for name, a in arrays.items() if isinstance(a, np.ndarray) and a.size and a.dtype.kind in "fi"}
     return {
         "physics": torch.from_numpy(physics),
-        "derived": derived,
+        "derived": {name: torch.from_numpy(array.copy()) for name, array in arrays.items()},
         "rng": base.np_random.bit_generator.state,
         "elapsed_steps": env.get_wrapper_attr("_elapsed_steps") if env.has_wrapper_attr("_elapsed_steps") else None,
     }
@@ -450,8 +438,8 @@ class Agent(nn.Module):
             self.actor_logstd = nn.Parameter(log_std, requires_grad=args.std_type == "independent")
 
     def normalize(self, obs: torch.Tensor) -> torch.Tensor:
-        """Raw observations to network inputs. The statistics move between iterations only, so that acting,
-        evaluation and every epoch of an iteration see the same inputs."""
+        """Raw observations to network inputs. The statistics move between iterations only (and after the first
+        rollout), so that acting, evaluation and every epoch of an iteration see the same inputs."""
         if not self.norm_obs:
             return obs
         return ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10)
@@ -545,9 +533,7 @@ def rollout(envs, agent: Agent, running: dict, action_space: gym.spaces.Box, arg
 # ======================================================================================================
 
 
-def scale_rewards(
-    rewards: np.ndarray, done: np.ndarray, running: dict, rms: RunningMeanStd, gamma: float
-) -> np.ndarray:
+def scale_rewards(rewards, done, running: dict, rms: RunningMeanStd, gamma: float) -> np.ndarray:
     """Rewards [T, N] over the standard deviation of the discounted return, which starts again at `done`; one
     scale for the whole rollout."""
     discounted = np.empty_like(rewards)
@@ -911,9 +897,8 @@ def log_sizes(run_dir: Path, episodes, writer: SummaryWriter) -> dict:
     episodes.flush()
     os.fsync(episodes.fileno())
     writer.flush()
-    return {
-        path.name: path.stat().st_size for path in [run_dir / "episodes.csv", *run_dir.glob("events.out.tfevents.*")]
-    }
+    paths = [run_dir / "episodes.csv", *run_dir.glob("events.out.tfevents.*")]
+    return {path.name: path.stat().st_size for path in paths}
 
 
 # ======================================================================================================
@@ -954,14 +939,8 @@ def start_tracking(args: Args, run_dir: Path):
     """Mirror the TensorBoard metrics to Weights & Biases; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE as usual."""
     import wandb
 
-    wandb.init(
-        id=run_dir.name,
-        name=run_dir.name,
-        config=dataclasses.asdict(args),
-        dir=str(run_dir),
-        sync_tensorboard=True,
-        resume="allow",
-    )
+    settings = {"config": dataclasses.asdict(args), "dir": str(run_dir), "sync_tensorboard": True, "resume": "allow"}
+    wandb.init(id=run_dir.name, name=run_dir.name, **settings)
 
 
 def evaluate(agent: Agent, args: Args, run_dir: Path, stop=lambda: False) -> list[float]:
@@ -977,9 +956,8 @@ def evaluate(agent: Agent, args: Args, run_dir: Path, stop=lambda: False) -> lis
         while not done and not stop():
             obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
             action = act(agent, obs[None], noise.to(device))[0].cpu().numpy()
-            obs, reward, terminated, truncated, _ = env.step(
-                np.clip(action, env.action_space.low, env.action_space.high)
-            )
+            action = np.clip(action, env.action_space.low, env.action_space.high)
+            obs, reward, terminated, truncated, _ = env.step(action)
             done, total = terminated or truncated, total + float(reward)
         returns.append(total)
     env.close()
@@ -1057,26 +1035,20 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
     batch_size = args.num_envs * args.num_steps
     iterations = args.total_timesteps // batch_size
     total = iterations * batch_size
-    print(
-        f"{run_dir}: {total:,} steps, {iterations} x {args.num_envs} x {args.num_steps}, {args.backend}, {device}",
-        flush=True,
-    )
+    shape = f"{iterations} x {args.num_envs} x {args.num_steps}"
+    print(f"{run_dir}: {total:,} steps, {shape}, {args.backend}, {device}", flush=True)
     step_fn, last_return, compile_seconds, started = None, math.nan, 0.0, time.perf_counter()
     seconds_before = progress["seconds"]
     bar_format = "{percentage:3.0f}% |{bar:20}| {n:,}/{total:,} steps, {desc}, ETA {remaining}"
-    mininterval = 0.2 if sys.stderr.isatty() else 10  # seconds
-    bar = tqdm(
-        total=total,
-        initial=progress["global_step"],
-        desc="first rollout",
-        bar_format=bar_format,
-        mininterval=mininterval,
-    )
+    every = 0.2 if sys.stderr.isatty() else 10  # seconds
+    bar = tqdm(None, "first rollout", total, initial=progress["global_step"], bar_format=bar_format, mininterval=every)
     try:
         for iteration in range(progress["iteration"] + 1, iterations + 1):
             if args.anneal_lr:
                 coefs["learning_rate"].fill_(args.learning_rate * (1 - (iteration - 1) / iterations))
             rows, episodes = rollout(envs, agent, running, env.action_space, args, progress["global_step"])
+            if iteration == 1:  # without statistics the first update would learn on inputs of another scale
+                agent.obs_rms.update(rows["obs"])
             batch, explained_variance = make_batch(rows, agent, running, reward_rms, args)
             if step_fn is None:
                 bar.set_description_str("compiling the update" if args.compile else "first update")
@@ -1085,9 +1057,10 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
                 compile_seconds = time.perf_counter() - compile_started
             optimizer, metrics = update(step_fn, optimizer, batch, coefs, args)
             global_step = progress["global_step"] + batch_size
-            check_finite({**metrics, "parameter": optimizer["theta"].cpu().numpy()}, global_step)
             write_parameters(optimizer["theta"], agent)
-            agent.obs_rms.update(rows["obs"])
+            check_finite({**metrics, "parameter": optimizer["theta"].cpu().numpy()}, global_step)
+            if iteration > 1:
+                agent.obs_rms.update(rows["obs"])
 
             seconds = seconds_before + time.perf_counter() - started - compile_seconds
             progress = {"iteration": iteration, "global_step": global_step, "seconds": seconds}
