@@ -21,3 +21,6 @@ for seed in 1 2 3; do
         for beta in 0.3 1 3 10; do echo "$klpen --exp-name fixed-$beta --kl-mode fixed --kl-beta $beta"; done
     done
 done | nice -n 19 python benchmarks/runner.py --name ppo_table1 "$@"
+case " $* " in *" --dry-run "*) exit ;; esac
+python benchmarks/random_policy.py $environments
+python benchmarks/report.py ppo_table1

@@ -1,0 +1,89 @@
+"""What one script changes against another, section by section.
+
+    python benchmarks/diff.py ppo_continuous.py ppo_klpen.py
+    python benchmarks/diff.py --table       # the README's table of all scripts
+
+A section is what stands under a banner, so lines are counted as a reader meets them: removed plus added.
+"""
+
+import difflib
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = "ppo_continuous.py"
+OTHERS = ("ppo_klpen.py", "ppo_multidiscrete_joint_loss.py", "vmpo.py", "hppo_hybrid.py")
+BANNER = "# " + "=" * 102 + "\n"
+
+
+@dataclass
+class Args:
+    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """two scripts"""
+    table: bool = False
+    """the table of section x script, in markdown"""
+
+
+def sections(path: Path) -> dict[str, list[str]]:
+    """{name: lines}, in the file's order; what stands above the first banner is the Header."""
+    head, *parts = re.split(f"^{BANNER}# (.+)\n", path.read_text(), flags=re.MULTILINE)
+    return {name: text.splitlines() for name, text in [("Header", head), *zip(parts[::2], parts[1::2])]}
+
+
+def changed(a: list[str], b: list[str]) -> int:
+    """Lines removed plus lines added."""
+    opcodes = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    return sum((i2 - i1) + (j2 - j1) for tag, i1, i2, j1, j2 in opcodes if tag != "equal")
+
+
+def show(a: Path, b: Path, colour: bool):
+    paint = {"-": "\033[31m", "+": "\033[32m", "@": "\033[36m", "#": "\033[1m"} if colour else {}
+    old, new = sections(a), sections(b)
+    total = 0
+    for name in dict.fromkeys([*old, *new]):
+        lines = old.get(name, []), new.get(name, [])
+        count = changed(*lines)
+        total += count
+        out = [f"# {name}: {f'{count} lines differ' if count else 'same'}"]
+        matcher = difflib.SequenceMatcher(None, *lines, autojunk=False)
+        for group in matcher.get_grouped_opcodes(n=3) if count else []:
+            out.append(f"@ {a.name}, line {group[0][1] + 1} of the section")
+            for tag, i1, i2, j1, j2 in group:
+                if tag == "equal":
+                    out += [f"  {line}" for line in lines[0][i1:i2]]
+                else:
+                    out += [f"- {line}" for line in lines[0][i1:i2]] + [f"+ {line}" for line in lines[1][j1:j2]]
+        print("\n".join(f"{paint[l[0]]}{l}\033[0m" if l[0] in paint else l for l in out) + "\n" * bool(count))
+    print(f"{total} lines differ (removed plus added)")
+
+
+def table() -> str:
+    """Markdown: for every section of the base what each of the other scripts does to it."""
+    base = sections(ROOT / BASE)
+    others = {name: sections(ROOT / name) for name in OTHERS if (ROOT / name).exists()}
+    rows = [["section", "lines", *(f"`{name}`" for name in others)], ["---"] * (len(others) + 2)]
+    for name, lines in base.items():
+        counts = [changed(lines, other.get(name, [])) for other in others.values()]
+        rows.append([name, str(len(lines)), *(str(count) if count else "same" for count in counts)])
+    totals = [sum(changed(base.get(n, []), other.get(n, [])) for n in {**base, **other}) for other in others.values()]
+    rows.append(["all", str(sum(map(len, base.values()))), *map(str, totals)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main(args: Args):
+    if args.table:
+        print(table())
+        return
+    missing = [str(path) for path in args.files if not path.is_file()]
+    if len(args.files) != 2 or missing:
+        print(f"error: needs two scripts; missing: {', '.join(missing) or 'a name'}", file=sys.stderr)
+        raise SystemExit(2)
+    show(*args.files, colour=sys.stdout.isatty())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,336 @@
+"""From finished runs to what is committed and read: results, figures and the README's tables.
+
+    python benchmarks/report.py ppo_table1
+
+takes the finished runs under runs/ppo_table1 (those that are there: rows of earlier ones stay) into
+
+    results/ppo_table1.csv              one row a run
+    results/ppo_table1_curves.csv.gz    its learning curve, 200 points
+
+and from these two files alone draws figures/ppo_table1_*.png and writes the block of README.md between the comments
+`begin ppo_table1` and `end ppo_table1`. The same inputs give the same bytes.
+
+A run's score is the mean return of its last 100 training episodes. Statistics over runs follow Agarwal et al. 2021
+(arXiv:2108.13264): the interquartile mean, and 95 % percentile bootstrap intervals that resample the seeds of each
+environment separately (2,000 resamples). They are scipy's trim_mean and bootstrap: rliable 1.2.0 asks for arch, which
+brings statsmodels and pandas, for the same numbers.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+from scipy import stats
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+POINTS = 200  # of a curve; each the mean return of the episodes that ended in the last 1 / 50 of all steps
+BLUE, GREEN, ORANGE, RED, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#666666"  # Okabe and Ito's palette
+
+
+@dataclass
+class Args:
+    name: tyro.conf.Positional[str]
+    """one of the reports below: ppo_continuous, ppo_table1"""
+    runs: Path = HERE / "runs"
+    """parent folder of the sweeps' runs"""
+
+
+# --- From runs to results -----------------------------------------------------------------------------------------
+
+
+def read_run(folder: Path) -> tuple[dict, dict]:
+    """A finished run's row, and its curve."""
+    config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
+    episodes = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1, ndmin=2)
+    steps, returns = episodes[:, 0], episodes[:, 1]
+    args, (script, *flags) = config["args"], config["command"]
+    if "--runs-dir" in flags:
+        at = flags.index("--runs-dir")
+        del flags[at : at + 2]
+    key = {"setting": args["exp_name"], "env_id": args["env_id"], "seed": str(args["seed"])}
+    row = {
+        **key,
+        "score": f"{returns[-100:].mean():.2f}",
+        "eval_return": f"{np.mean(result['eval_returns']):.2f}",
+        "steps": str(result["global_step"]),
+        "seconds": f"{result['seconds']:.0f}",
+        "sps": f"{result['global_step'] / result['seconds']:.0f}",
+        "backend": args["backend"],
+        "device": config["device"],
+        "torch": config["versions"]["torch"],
+        "git_commit": config["git_commit"] or "",
+        "command": shlex.join(["python", Path(script).name, *flags]),
+    }
+    curve, total = dict(key), result["global_step"]
+    for k in range(1, POINTS + 1):
+        end = k * total / POINTS
+        inside = (steps > end - total / 50) & (steps <= end)
+        curve[f"{k / POINTS:.3f}"] = f"{returns[inside].mean():.2f}" if inside.any() else ""
+    return row, curve
+
+
+def write_csv(path: Path, rows: list[dict]):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    data = text.getvalue().encode()
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
+def read_csv(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def natural(text: str) -> list:
+    """Sorts clip-0.3 before clip-10."""
+    return [(0, float(part)) if re.match(r"\d", part) else (1, part) for part in re.split(r"(\d+(?:\.\d+)?)", text)]
+
+
+def collect(name: str, runs: Path) -> tuple[list[dict], list[dict]]:
+    """Rows and curves of the committed results and of the finished runs, which are written back."""
+    paths = HERE / f"results/{name}.csv", HERE / f"results/{name}_curves.csv.gz"
+    found = [read_run(path.parent) for path in (runs / name).glob("*/[!.]*/result.json")]
+    tables = []
+    for path, new in zip(paths, [[row for row, _ in found], [curve for _, curve in found]]):
+        merged = {(r["setting"], r["env_id"], r["seed"]): r for r in read_csv(path) + new}
+        rows = sorted(merged.values(), key=lambda r: (natural(r["setting"]), r["env_id"], int(r["seed"])))
+        if not rows:
+            print(f"error: {name}: no results yet, and no finished run under {runs / name}", file=sys.stderr)
+            raise SystemExit(2)
+        path.parent.mkdir(exist_ok=True)
+        if new:
+            write_csv(path, rows)
+        tables.append(rows)
+    return tables[0], tables[1]
+
+
+def ordered(values) -> list:
+    return list(dict.fromkeys(values))
+
+
+def scores_of(rows: list[dict], setting: str, env_id: str) -> np.ndarray:
+    """The scores of a setting's seeds in an environment, [seeds]."""
+    return np.array([float(r["score"]) for r in rows if r["setting"] == setting and r["env_id"] == env_id])
+
+
+# --- Statistics ---------------------------------------------------------------------------------------------------
+
+
+def mean(*strata, axis=-1):
+    return np.concatenate(strata, axis).mean(axis)
+
+
+def iqm(*strata, axis=-1):
+    """The interquartile mean: of the middle half of all runs."""
+    return stats.trim_mean(np.concatenate(strata, axis), 0.25, axis=axis)
+
+
+def interval(strata: list[np.ndarray], statistic) -> tuple:
+    """The 95 % interval of statistic(*strata), each stratum [runs, ...] resampled by itself; nan for single runs."""
+    if min(len(s) for s in strata) < 2:
+        return np.full(strata[0].shape[1:], np.nan), np.full(strata[0].shape[1:], np.nan)
+    options = {"n_resamples": 2000, "method": "percentile", "vectorized": True, "axis": 0}
+    found = stats.bootstrap(strata, statistic, rng=np.random.default_rng(0), **options).confidence_interval
+    return found.low, found.high
+
+
+# --- Figures ------------------------------------------------------------------------------------------------------
+
+
+def tidy(axis):
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def save(fig, path: Path):
+    path.parent.mkdir(exist_ok=True)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(fig)
+
+
+def curves_figure(curves: list[dict], rows: list[dict], colours: dict, path: Path, peers: dict | None = None):
+    """One axis an environment: IQM over seeds and its interval of each setting in `colours` {setting: colour}; with a
+    single setting the seeds too; `peers` {env_id: (mean, std)} as a band."""
+    env_ids = ordered(curve["env_id"] for curve in curves)
+    columns = min(len(env_ids), 4)
+    height = -(-len(env_ids) // columns)
+    fig, axes = plt.subplots(height, columns, figsize=(3.1 * columns, 2.9 * height), squeeze=False)
+    for axis, env_id in zip(axes.flat, env_ids):
+        seeds = set()
+        for setting, colour in colours.items():
+            chosen = [c for c in curves if c["env_id"] == env_id and c["setting"] == setting]
+            if not chosen:
+                continue
+            seeds |= {curve["seed"] for curve in chosen}
+            (row, *_) = [r for r in rows if r["env_id"] == env_id and r["setting"] == setting]
+            y = np.array([[float(value or "nan") for value in list(curve.values())[3:]] for curve in chosen])
+            x = np.arange(1, POINTS + 1) / POINTS * int(row["steps"]) / 1e6
+            full = ~np.isnan(y).any(0)  # every seed has an episode by then
+            x, y = x[full], y[:, full]
+            if len(colours) == 1:
+                for k, seed in enumerate(y):
+                    axis.plot(x, seed, color=GREY, lw=0.6, alpha=0.6, label="a seed" if not k else None)
+            low, high = interval([y], iqm)
+            axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+            axis.plot(x, iqm(y, axis=0), color=colour, lw=1.5, label=setting if len(colours) > 1 else "IQM, 95 %")
+        if peers and env_id in peers:
+            centre, std = peers[env_id]
+            axis.axhline(centre, color=RED, ls="--", lw=1.2, label="CleanRL at the end")
+            axis.axhspan(centre - std, centre + std, color=RED, alpha=0.12, lw=0)
+        axis.set_title(f"{env_id}, {len(seeds)} seeds", fontsize=10)
+        axis.set(xlabel="environment steps (millions)", xlim=(0, None))
+        tidy(axis)
+    for row_axes in axes:
+        row_axes[0].set_ylabel("episodic return")
+    spare = list(axes.flat)[len(env_ids) :]
+    for axis in spare:
+        axis.axis("off")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    options = {"frameon": False, "handles": handles, "labels": labels}
+    spare[0].legend(loc="center", **options) if spare else axes.flat[0].legend(loc="lower right", fontsize=8, **options)
+    save(fig, path)
+
+
+# --- ppo_continuous: the defaults beside CleanRL --------------------------------------------------------------------
+
+# Mean and standard deviation over 3 seeds of the last 100 episodes at 1M steps, ppo_continuous_action.py on the v4
+# environments: the table in CleanRL's documentation, docs.cleanrl.dev/rl-algorithms/ppo.
+CLEANRL = {"HalfCheetah-v4": (1442.6, 46.0), "Hopper-v4": (2382.9, 272.0), "Walker2d-v4": (2288.0, 572.0)}
+
+
+def ppo_continuous(rows: list[dict], curves: list[dict], figures: Path) -> str:
+    curves_figure(curves, rows, {"ppo_continuous": BLUE}, figures / "ppo_continuous.png", CLEANRL)
+    lines = ["| environment | seeds | score of each | mean ± std | CleanRL |", "|---|---|---|---|---|"]
+    for env_id in ordered(r["env_id"] for r in rows):
+        scores = scores_of(rows, "ppo_continuous", env_id)
+        peer, each = "{:.0f} ± {:.0f}".format(*CLEANRL[env_id]), ", ".join(f"{score:.0f}" for score in scores)
+        lines.append(f"| {env_id} | {len(scores)} | {each} | {scores.mean():.0f} ± {scores.std():.0f} | {peer} |")
+    return "\n".join([*lines, "", "![Learning curves](benchmarks/figures/ppo_continuous.png)"])
+
+
+# --- ppo_table1: the surrogate objectives ---------------------------------------------------------------------------
+
+TABLE1 = {  # Schulman et al. 2017, Table 1
+    "none": -0.39,
+    **{"clip-0.1": 0.76, "clip-0.2": 0.82, "clip-0.3": 0.70},
+    **{"adaptive-0.003": 0.68, "adaptive-0.01": 0.74, "adaptive-0.03": 0.71},
+    **{"fixed-0.3": 0.62, "fixed-1": 0.71, "fixed-3": 0.72, "fixed-10": 0.69},
+}
+BEST_OF_KIND = {"none": GREY, "clip-0.2": BLUE, "adaptive-0.01": GREEN, "fixed-3": ORANGE}  # by the paper
+
+
+def colour_of(setting: str) -> str:
+    return next(c for name, c in BEST_OF_KIND.items() if name.split("-")[0] == setting.split("-")[0])
+
+
+def ppo_table1(rows: list[dict], curves: list[dict], figures: Path) -> str:
+    env_ids = sorted({r["env_id"] for r in rows})
+    settings = [s for s in TABLE1 if any(r["setting"] == s for r in rows)]
+    random = {r["env_id"]: float(r["mean"]) for r in read_csv(HERE / "results/random_policy.csv")}
+    best = {e: max(float(r["score"]) for r in rows if r["env_id"] == e) for e in env_ids}
+    normalised = {
+        s: [(scores_of(rows, s, e) - random[e]) / (best[e] - random[e]) for e in env_ids if scores_of(rows, s, e).size]
+        for s in settings
+    }
+    curves_figure(curves, rows, BEST_OF_KIND, figures / "ppo_table1_curves.png")
+    scores_figure(normalised, figures / "ppo_table1_scores.png")
+
+    lines = ["| objective | paper | mean, 95 % interval | IQM, 95 % interval | runs |", "|---|---|---|---|---|"]
+    for setting in settings:
+        strata = normalised[setting]
+        cells = []
+        for statistic in (mean, iqm):
+            low, high = interval(strata, statistic)
+            cells.append(f"{statistic(*strata):.2f} [{low:.2f}, {high:.2f}]")
+        runs = sum(map(len, strata))
+        lines.append(f"| {setting} | {TABLE1[setting]:.2f} | {' | '.join(cells)} | {runs} of {3 * 7} |")
+    raw = [f"| objective | {' | '.join(env_ids)} |", "|---" * (len(env_ids) + 1) + "|"]
+    for setting in settings:
+        cells = []
+        for env_id in env_ids:
+            s = scores_of(rows, setting, env_id)
+            cells.append(
+                f"{s.mean():.{precision(best[env_id])}f} ± {s.std():.{precision(best[env_id])}f}" if s.size else "-"
+            )
+        raw.append(f"| {setting} | {' | '.join(cells)} |")
+    for name, values in (("random", random), ("best run", best)):
+        raw.append(f"| {name} | {' | '.join(f'{values[e]:.{precision(best[e])}f}' for e in env_ids)} |")
+    figures_md = [f"![{n}](benchmarks/figures/ppo_table1_{n}.png)" for n in ("scores", "curves")]
+    return "\n".join([*lines, "", *raw, "", *figures_md])
+
+
+def precision(value: float) -> int:
+    """Decimals that a return of this size deserves."""
+    return 0 if abs(value) >= 100 else 1
+
+
+def scores_figure(normalised: dict, path: Path):
+    """Left the mean score of each setting with its interval, beside the paper's; right the performance profiles."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for k, (setting, strata) in enumerate(normalised.items()):
+        low, high = interval(strata, mean)
+        left.plot([low, high], [k, k], color=colour_of(setting), lw=5, alpha=0.4, solid_capstyle="butt")
+        left.plot(mean(*strata), k, "o", color=colour_of(setting), label="ours, 95 % interval" if k == 1 else None)
+        left.plot(TABLE1[setting], k, "D", mfc="none", color="black", ms=5, label="paper" if k == 1 else None)
+    left.set_yticks(range(len(normalised)), normalised)
+    left.invert_yaxis()
+    left.set_xlabel("normalised score, mean over all runs (random policy 0, best run 1)")
+    left.legend(frameon=False, loc="lower left")
+    threshold = np.linspace(-0.2, 1, 241)
+    for setting in BEST_OF_KIND.keys() & normalised.keys():
+        strata, colour = normalised[setting], BEST_OF_KIND[setting]
+        above = [(s[:, None] >= threshold).astype(float) for s in strata]
+        low, high = interval(above, mean)
+        right.fill_between(threshold, low, high, color=colour, alpha=0.15, lw=0, step="post")
+        right.step(threshold, mean(*above, axis=0), color=colour, where="post", label=setting)
+    right.set(xlabel="normalised score τ", ylabel="fraction of runs with a score of at least τ", ylim=(0, 1.02))
+    right.legend(frameon=False, loc="lower left", title=f"{sum(map(len, next(iter(normalised.values()))))} runs each")
+    for axis in (left, right):
+        tidy(axis)
+    save(fig, path)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+
+REPORTS = {"ppo_continuous": ppo_continuous, "ppo_table1": ppo_table1}
+
+
+def replace_block(text: str, name: str, block: str) -> str:
+    """README text with what stands between the comments `begin NAME` and `end NAME` replaced."""
+    begin, end = f"<!-- begin {name}: benchmarks/report.py {name} -->\n", f"<!-- end {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        print(f"error: README.md has no {begin.strip()} ... {end}", file=sys.stderr)
+        raise SystemExit(2)
+    return text[: text.index(begin) + len(begin)] + block + "\n" + text[text.index(end) :]
+
+
+def main(args: Args):
+    if args.name not in REPORTS:
+        print(f"error: {args.name}: must be one of {', '.join(REPORTS)}", file=sys.stderr)
+        raise SystemExit(2)
+    rows, curves = collect(args.name, args.runs)
+    readme = HERE.parent / "README.md"
+    text = readme.read_text()
+    readme.write_text(replace_block(text, args.name, REPORTS[args.name](rows, curves, HERE / "figures")))
+    print(f"{args.name}: {len(rows)} runs")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,119 @@
+"""The scripts are read as diffs against ppo_continuous.py, so what is meant to be equal is equal to the byte."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / "benchmarks" / "diff.py"
+BASE = ROOT / "ppo_continuous.py"
+BANNER = "# " + "=" * 102
+
+# Which sections each script shares with the base, and how many lines it may change in all of it.
+SHARED = {"ppo_klpen.py": "Environments, Agent, Rollout, Update, Checkpoint"}
+BUDGET = {"ppo_klpen.py": 90}
+SECTIONS = "Header, Args, Environments, Agent, Rollout, Advantages, Loss, Update, Checkpoint, main".split(", ")
+
+
+def split(path: Path) -> dict[str, str]:
+    """{section: its bytes as text}, by reading line after line; not the tool's own way."""
+    found, name = {"Header": ""}, "Header"
+    lines = path.read_text().splitlines(keepends=True)
+    for i, line in enumerate(lines):
+        if line.rstrip() == BANNER and i + 2 < len(lines) and re.fullmatch(r"# \w+\n", lines[i + 1]):
+            name = lines[i + 1][2:].strip()
+            found[name] = ""
+        found[name] += line
+    return found
+
+
+def first_difference(script: Path, section: str) -> str | None:
+    """None where the section is the base's, else one line that says where it is not."""
+    ours, base = split(script).get(section, ""), split(BASE)[section]
+    if ours == base:
+        return None
+    pairs = zip([*ours.splitlines(), "(its end)"], [*base.splitlines(), "(its end)"])
+    line, expected = next((a, b) for a, b in pairs if a != b)
+    return f"{script.name}, section {section}: {line!r} where {BASE.name} has {expected!r}"
+
+
+@pytest.mark.parametrize("script, section", [(s, x) for s, shared in SHARED.items() for x in shared.split(", ")])
+def test_a_shared_section_is_equal_to_the_byte(script, section):
+    difference = first_difference(ROOT / script, section)
+    assert difference is None, difference
+
+
+@pytest.mark.parametrize("script", SHARED)
+def test_the_sections_and_imports_are_the_base_s(script):
+    assert list(split(ROOT / script)) == list(split(BASE)) == SECTIONS
+    ours, base = (split(path)["Header"] for path in (ROOT / script, BASE))
+    assert ours.split('"""')[0] == base.split('"""')[0]  # the pins
+    assert ours.split('"""')[2] == base.split('"""')[2]  # the imports
+
+
+def test_a_byte_that_drifts_is_found_and_named(tmp_path):
+    drifted = tmp_path / "ppo_klpen.py"
+    text = (ROOT / "ppo_klpen.py").read_text()
+    drifted.write_text(text.replace("beta1=0.9, beta2=0.999", "beta1=0.9, beta2=0.99"))
+    difference = first_difference(drifted, "Update")
+    assert "ppo_klpen.py, section Update: 'def adam(" in difference and "beta2=0.99," in difference
+    assert first_difference(drifted, "Agent") is None
+
+
+def diff(*argv) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, TOOL, *argv], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("script", BUDGET)
+def test_the_diff_stays_within_its_budget(script):
+    lines = subprocess.run(["diff", BASE, ROOT / script], capture_output=True, text=True).stdout.splitlines()
+    assert 0 < sum(line[0] in "<>" for line in lines) <= BUDGET[script]
+
+
+def test_the_tool_counts_each_section_and_shows_every_changed_line():
+    out = diff("ppo_continuous.py", "ppo_klpen.py").stdout
+    assert "# Update: same" in out and "\033" not in out
+    base, other = BASE.read_text().splitlines(), (ROOT / "ppo_klpen.py").read_text().splitlines()
+    removed = [line[2:] for line in out.splitlines() if line.startswith("- ")]
+    added = [line[2:] for line in out.splitlines() if line.startswith("+ ")]
+    for line in set(base) - set(other):
+        assert line in removed
+    for line in set(other) - set(base):
+        assert line in added
+    counts = [int(n) for n in re.findall(r"^# \w+: (\d+) lines differ$", out, re.MULTILINE)]
+    assert sum(counts) == len(removed) + len(added)
+    assert out.endswith(f"{sum(counts)} lines differ (removed plus added)\n")
+
+
+def test_a_script_does_not_differ_from_itself():
+    assert diff(BASE, BASE).stdout.endswith("\n0 lines differ (removed plus added)\n")
+
+
+def test_on_a_terminal_the_diff_is_coloured():
+    leader, follower = pty.openpty()
+    process = subprocess.Popen([sys.executable, TOOL, BASE, ROOT / "ppo_klpen.py"], stdout=follower)
+    os.close(follower)
+    out = b""
+    try:
+        while chunk := os.read(leader, 65536):
+            out += chunk
+    except OSError:  # Linux says so at the end
+        pass
+    assert process.wait() == 0 and b"\033[31m- " in out and b"\033[32m+ " in out
+
+
+@pytest.mark.parametrize("argv", [[], ["ppo_continuous.py"], ["ppo_continuous.py", "missing.py"]])
+def test_wrong_arguments_are_one_line(argv):
+    result = diff(*argv)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_the_readme_s_table_is_the_truth():
+    table = diff("--table").stdout
+    assert table.count("\n") == len(SECTIONS) + 3
+    assert table in (ROOT / "README.md").read_text(), "python benchmarks/diff.py --table prints the one to copy"
