@@ -262,38 +262,38 @@ def check_args(args: Args):
 # ======================================================================================================
 
 
-def make_env(env_id: str, **kwargs) -> gym.Env:
+def make_env(args: Args, **kwargs) -> gym.Env:
     """One gymnasium environment with a flat float observation and a bounded flat action, else exit 2."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date")  # the v4 ids are meant
         try:
-            env = gym.make(env_id, disable_env_checker=True, **kwargs)
+            env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
         except gym.error.UnregisteredEnv as error:
-            close = difflib.get_close_matches(env_id, gym.registry, n=3)
-            fail(f"--env-id {env_id}: {error}" + (f" Close matches: {', '.join(close)}" if close else ""))
+            close = difflib.get_close_matches(args.env_id, gym.registry, n=3)
+            fail(f"--env-id {args.env_id}: {error}" + (f" Close matches: {', '.join(close)}" if close else ""))
         except Exception as error:  # whatever a third party's constructor raises is about this id
             renderer = f" (MUJOCO_GL={os.environ['MUJOCO_GL']})" if "MUJOCO_GL" in os.environ else ""
-            fail(f"--env-id {env_id}: cannot be made: {error}{renderer}")
+            fail(f"--env-id {args.env_id}: cannot be made: {error}{renderer}")
     obs_space, action_space = env.observation_space, env.action_space
     boxes = obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]
     if not all(isinstance(box, gym.spaces.Box) and len(box.shape) == 1 for box in boxes):
-        fail(f"--env-id {env_id}: observations are {obs_space}; supported are a flat Box and a Dict of flat Boxes")
+        fail(f"--env-id {args.env_id}: observations are {obs_space}; supported are a flat Box and a Dict of flat Boxes")
     if isinstance(obs_space, gym.spaces.Dict):
         env = gym.wrappers.FlattenObservation(env)
     if not isinstance(action_space, gym.spaces.Box):
         others = {"Discrete": "vmpo.py", "MultiDiscrete": "ppo_multidiscrete_joint_loss.py"}
         serves = others.get(type(action_space).__name__, "hppo_hybrid.py")
-        fail(f"--env-id {env_id}: actions are {action_space}; needed is a flat Box, {serves} serves this space")
+        fail(f"--env-id {args.env_id}: actions are {action_space}; needed is a flat Box, {serves} serves this space")
     if len(action_space.shape) != 1 or not action_space.is_bounded():
-        fail(f"--env-id {env_id}: actions are {action_space}; needed is a flat Box with finite bounds")
+        fail(f"--env-id {args.env_id}: actions are {action_space}; needed is a flat Box with finite bounds")
     return env
 
 
 class GymnasiumEnvs:
     """N environments stepped in a plain loop, which takes a tenth less time than gymnasium's SyncVectorEnv."""
 
-    def __init__(self, env_id: str, num_envs: int):
-        self.envs = [make_env(env_id) for _ in range(num_envs)]
+    def __init__(self, args: Args):
+        self.envs = [make_env(args) for _ in range(args.num_envs)]
 
     def reset(self, indices, seed: int | None = None) -> np.ndarray:
         """Start new episodes in these environments; their first observations, float32 [len(indices), O]."""
@@ -381,6 +381,12 @@ def load_mujoco_state(env: gym.Env, state: dict):
         env.set_wrapper_attr("_elapsed_steps", state["elapsed_steps"])
 
 
+def make_envs(args: Args, seed: int):
+    if args.backend == "envpool":
+        return EnvPoolEnvs(args.env_id, args.num_envs, seed, args.env_threads)
+    return GymnasiumEnvs(args)
+
+
 # ======================================================================================================
 # Agent
 # ======================================================================================================
@@ -417,8 +423,10 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2), bias: float = 0.0) -
     return layer
 
 
-def hidden_layers(obs_dim: int, width: int) -> list[nn.Module]:
-    return [layer_init(nn.Linear(obs_dim, width)), nn.Tanh(), layer_init(nn.Linear(width, width)), nn.Tanh()]
+def hidden_layers(*sizes: int) -> nn.Sequential:
+    """Tanh layers from sizes[0] inputs to sizes[-1] outputs."""
+    layers = [(layer_init(nn.Linear(i, o)), nn.Tanh()) for i, o in zip(sizes, sizes[1:])]
+    return nn.Sequential(*(part for layer in layers for part in layer))
 
 
 class Agent(nn.Module):
@@ -428,11 +436,12 @@ class Agent(nn.Module):
         super().__init__()
         self.norm_obs = args.norm_obs
         self.obs_rms = RunningMeanStd(obs_dim)
-        self.critic = nn.Sequential(*hidden_layers(obs_dim, 64), layer_init(nn.Linear(64, 1), std=1.0))
-        self.actor = nn.Sequential(*hidden_layers(obs_dim, 64))
-        self.actor_mean = layer_init(nn.Linear(64, action_dim), std=0.01)
+        sizes = (obs_dim, 64, 64)
+        self.critic = nn.Sequential(*hidden_layers(*sizes), layer_init(nn.Linear(sizes[-1], 1), std=1.0))
+        self.actor = hidden_layers(*sizes)
+        self.actor_mean = layer_init(nn.Linear(sizes[-1], action_dim), std=0.01)
         if args.std_type == "state":
-            self.actor_logstd = layer_init(nn.Linear(64, action_dim), std=0.01, bias=args.log_std_init)
+            self.actor_logstd = layer_init(nn.Linear(sizes[-1], action_dim), std=0.01, bias=args.log_std_init)
         else:
             log_std = torch.full((action_dim,), args.log_std_init)
             self.actor_logstd = nn.Parameter(log_std, requires_grad=args.std_type == "independent")
@@ -474,10 +483,15 @@ def check_finite(values: dict, global_step: int):
 
 @torch.inference_mode()
 def act(agent: Agent, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """mean + sigma * noise for raw obs [N, O] and standard normal noise [N, A]. Left uncompiled: at this size a
-    compiled call saves nothing."""
+    """mean + sigma * noise for raw obs [N, O] and draw_noise [N, A]. Left uncompiled: at this size a compiled call saves
+    nothing."""
     mean, log_std = agent.policy(agent.normalize(obs))
     return torch.addcmul(mean, log_std.exp(), noise)
+
+
+def draw_noise(agent: Agent, *shape: int) -> torch.Tensor:
+    """What act turns into actions: standard normal [*shape, A]."""
+    return torch.randn(*shape, agent.actor_mean.out_features)
 
 
 def start_episodes(envs, num_envs: int, seed: int) -> dict:
@@ -504,7 +518,7 @@ def rollout(envs, agent: Agent, running: dict, action_space: gym.spaces.Box, arg
         "done": torch.empty(T, N, dtype=torch.bool),
     }
     views = {name: tensor.numpy() for name, tensor in rows.items()}
-    noise = torch.randn(T, N, A).to(device)
+    noise = draw_noise(agent, T, N).to(device)
     episodes = []
     check_finite({"first observation": running["obs"]}, global_step)
     for t, obs in enumerate(rows["obs"]):
@@ -856,7 +870,7 @@ def create_run(args: Args, device: torch.device, *state) -> Path:
     with contextlib.suppress(OSError):
         git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    packages = ["torch", "gymnasium", "mujoco", "numpy"] + ["envpool"] * (args.backend == "envpool")
+    packages = filter(importlib.util.find_spec, ["torch", "gymnasium", "mujoco", "numpy", "envpool"])
     versions = {name: importlib.metadata.version(name) for name in packages}
     config = {
         "args": dataclasses.asdict(args),
@@ -945,11 +959,11 @@ def start_tracking(args: Args, run_dir: Path):
 
 def evaluate(agent: Agent, args: Args, run_dir: Path, stop=lambda: False) -> list[float]:
     """Undiscounted returns of episodes with the mean action, on gymnasium, all statistics frozen."""
-    env = make_env(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
+    env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     if args.capture_video:
         folder = str(run_dir / "videos" / str(int(time.time())))
         env = gym.wrappers.RecordVideo(env, folder, episode_trigger=lambda _: True, disable_logger=True)
-    device, noise = agent.obs_rms.shift.device, torch.zeros(1, *env.action_space.shape)
+    device, noise = agent.obs_rms.shift.device, torch.zeros_like(draw_noise(agent, 1))
     returns = []
     for episode in range(args.eval_episodes):
         obs, done, total = env.reset(seed=args.seed + args.num_envs + episode)[0], False, 0.0
@@ -977,7 +991,7 @@ def main(args: Args):
     if args.resume and (Path(args.resume) / "result.json").exists():
         print(f"{args.resume} is finished: there is nothing to resume")
         return
-    env = make_env(args.env_id)
+    env = make_env(args)
     if args.capture_video:
         choose_renderer(args.env_id)
     random.seed(args.seed)
@@ -1004,10 +1018,7 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
     checkpoint = torch_load(Path(args.resume) / "checkpoint.pt", "resume", "progress") if args.resume else None
     progress = checkpoint["progress"] if checkpoint else {"iteration": 0, "global_step": 0, "seconds": 0.0}
     seed = (args.seed + progress["global_step"]) % 2**31
-    if args.backend == "envpool":
-        envs = EnvPoolEnvs(args.env_id, args.num_envs, seed, args.env_threads)
-    else:
-        envs = GymnasiumEnvs(args.env_id, args.num_envs)
+    envs = make_envs(args, seed)
     running = start_episodes(envs, args.num_envs, seed)
     optimizer, reward_rms = init_optimizer(agent), RunningMeanStd()
     coefs = {"learning_rate": torch.tensor(args.learning_rate, device=device)}

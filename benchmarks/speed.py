@@ -76,7 +76,7 @@ def parse_args() -> Args:
             ppo.fail(f"{ppo.flag(name)} {getattr(args, name)}: must be at least {least}")
     args.steps -= args.steps % BATCH_SIZE
     for env_id in () if args.versus else args.env_ids:
-        ppo.make_env(env_id)
+        ppo.make_env(ppo.Args(env_id=env_id))
         for backend in args.backends:
             if backend == "envpool":
                 ppo.EnvPoolEnvs(env_id, 1, 0, 1)
@@ -125,11 +125,8 @@ def measure(column: str, env_id: str, backend: str, threads: str, steps: str):
     args = ppo.Args(env_id=env_id, backend=backend, env_threads=int(threads))
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
-    space = ppo.make_env(env_id).action_space
-    if backend == "envpool":
-        envs = ppo.EnvPoolEnvs(env_id, args.num_envs, args.seed, args.env_threads)
-    else:
-        envs = ppo.GymnasiumEnvs(env_id, args.num_envs)
+    space = ppo.make_env(args).action_space
+    envs = ppo.make_envs(args, args.seed)
     running = ppo.start_episodes(envs, args.num_envs, args.seed)
     agent = ppo.Agent(running["obs"].shape[1], space.shape[0], args)
     agent.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,7 +19,7 @@ import torch
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 import ppo_continuous
-from ppo_continuous import GymnasiumEnvs
+from ppo_continuous import Args, GymnasiumEnvs
 
 SCRIPT = Path(__file__).parents[1] / "ppo_continuous.py"
 SIZES = "--num-envs 4 --num-steps 64 --num-minibatches 4 --update-epochs 2 --eval-episodes 1".split()
@@ -200,7 +200,8 @@ def step_and_reset(envs: GymnasiumEnvs, actions: np.ndarray) -> list[np.ndarray]
 @pytest.mark.parametrize("env_id", [f"{task}-{v}" for task in TASKS.split() for v in ("v4", "v5")] + ["Pusher-v5"])
 @pytest.mark.parametrize("steps_before", [0, 50])
 def test_mujoco_state_continues_in_new_environments_to_the_bit(env_id, steps_before):
-    envs, others, rng = GymnasiumEnvs(env_id, 2), GymnasiumEnvs(env_id, 2), np.random.default_rng(1)
+    args = Args(env_id=env_id, num_envs=2)
+    envs, others, rng = GymnasiumEnvs(args), GymnasiumEnvs(args), np.random.default_rng(1)
     space = envs.envs[0].action_space
     actions = rng.uniform(space.low, space.high, (steps_before + 200, 2, *space.shape))
     envs.reset(range(2), seed=1)

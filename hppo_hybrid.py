@@ -1,0 +1,1569 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "gymnasium[mujoco]==1.4.0",
+#     "moviepy==2.2.1",
+#     "mujoco==3.11.0",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+"""H-PPO: PPO for a discrete choice with continuous parameters (Fan et al. 2019, arXiv:1903.01344).
+
+For states s, choices k, parameters x and advantages A gathered with the policy pi_old, maximise over theta
+
+    E[ min(r_d A, clip(r_d, 1 - eps, 1 + eps) A) ] + E[ min(r_c A, clip(r_c, 1 - eps, 1 + eps) A) ] - c_v L_V + c_e S
+
+    r_d = pi_theta(k|s) / pi_old(k|s), of a softmax; r_c = pi_theta(x_k|s) / pi_old(x_k|s), of a Gaussian, where x_k
+    are the parameters that k uses: the others did not act, so they carry no gradient. Two clips: either head stops
+    where it has moved far enough. --loss joint has one ratio, r_d r_c, clipped once; --parameters all counts all x.
+
+L_V is half the squared error of V against the GAE return, S the entropy. The rest follows "The 37
+Implementation Details of PPO" (Huang et al. 2022), continuous control, except where a comment says why not.
+Against ppo_continuous.py: the environments, an encoder with three heads, and the loss.
+
+    python hppo_hybrid.py --env-id HybridMoving-v0
+    python hppo_hybrid.py --eval runs/HybridMoving-v0__hppo_hybrid__1__1735689600
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import gc
+import importlib.metadata
+import importlib.util
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# ======================================================================================================
+# Args
+# ======================================================================================================
+
+
+@dataclass
+class Args:
+    # Task
+    env_id: str = "HybridMoving-v0"
+    """gymnasium id, with a Discrete choice and Boxes of parameters"""
+    seed: int = 1
+    """seed of torch, numpy and random; environment i starts from seed + i"""
+    total_timesteps: int = 1_000_000
+    """environment steps in all; only whole batches are run"""
+    num_envs: int = 8
+    """N, environments stepped side by side"""
+    parameter_mask: str | None = None
+    """JSON or its file: for each choice a 0 or 1 a parameter"""
+    hold: tuple[int, ...] = ()
+    """for Box actions: make the steps to hold them, of these, a choice"""
+
+    # Algorithm
+    num_steps: int = 256
+    """T, steps of each environment in a batch of N x T"""
+    update_epochs: int = 10
+    """passes over each batch"""
+    num_minibatches: int = 32
+    """equal parts that each pass cuts the batch into"""
+    learning_rate: float = 3e-4
+    """Adam's step size at the start"""
+    anneal_lr: bool = True
+    """let the learning rate fall linearly, to 0 at the end"""
+    gamma: float = 0.99
+    """discount, in [0, 1]"""
+    gae_lambda: float = 0.95
+    """lambda of the advantage estimator, in [0, 1]"""
+    norm_adv: bool = True
+    """give each minibatch's advantages mean 0 and std 1"""
+    clip_coef: float = 0.2
+    """eps of the objective, 0: no clipping of ratio or value"""
+    clip_space: Literal["ratio", "log"] = "ratio"
+    """clip r to 1 +- eps, or put log r for r and clip it to +- eps"""
+    clip_vloss: bool = True
+    """clip the change of the value to +- eps too"""
+    ent_coef: float = 0.0
+    """c_e, weight of the entropy"""
+    vf_coef: float = 0.5
+    """c_v, weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest Euclidean norm of a minibatch's gradient"""
+    target_kl: float | None = None
+    """end the passes over a batch once approx_kl exceeds this, in nats"""
+    loss: Literal["separate", "joint"] = "separate"
+    """clip the ratios of choice and parameters apart, or their product"""
+    parameters: Literal["chosen", "all"] = "chosen"
+    """which of x the ratio counts: those that the choice uses, or all"""
+
+    # Network and scales
+    encoder_sizes: tuple[int, ...] = (256, 256)
+    """widths of the tanh layers before the heads"""
+    shared_encoder: bool = True
+    """one encoder for choice, parameters and value, or one for each"""
+    std_type: Literal["independent", "fixed", "state"] = "independent"
+    """sigma: free parameters, constants, or a head of the network"""
+    log_std_init: float = 0.0
+    """log sigma at the start"""
+    norm_obs: bool = True
+    """give observations mean 0 and variance 1, clip to [-10, 10]"""
+    norm_reward: bool = True
+    """divide rewards by the std of the discounted return, clip to [-10, 10]"""
+
+    # Machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the networks run; auto: cuda when there is one"""
+    compile: bool = True
+    """compile the update to one graph with torch.compile"""
+    torch_threads: int = 1
+    """torch's threads on the CPU; small networks lose with more"""
+
+    # Run folder
+    runs_dir: str = "runs"
+    """parent of the folder {env_id}__{exp_name}__{seed}__{time}"""
+    exp_name: str = Path(__file__).stem
+    """the experiment's name"""
+    checkpoint_every: int = 10
+    """iterations between two checkpoints"""
+    resume: str | None = None
+    """continue the run in this folder, with its own settings"""
+    track: bool = False
+    """copy the metrics to Weights & Biases, which is installed apart"""
+
+    # Evaluation
+    eval: str | None = None
+    """only evaluate the run in this folder"""
+    eval_episodes: int = 10
+    """episodes with the mean action, after training or for --eval"""
+    capture_video: bool = False
+    """film the evaluation, videos/*/*.mp4 in the run's folder"""
+
+
+# What a flag may change when a run is resumed or evaluated: all that does not change its course or its model.
+MAY_CHANGE = {
+    "resume": "resume device torch_threads checkpoint_every eval_episodes capture_video".split(),
+    "eval": "eval device torch_threads eval_episodes capture_video seed runs_dir".split(),
+}
+
+
+def fail(message: str, status: int = 2):
+    """Leave with one line on stderr; status 2 is a user's input, 1 a run that went wrong."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def help_page() -> str:
+    """Args as a page: one line a flag, under the comments that group the fields in its source."""
+    lines = [f"usage: python {Path(__file__).name} [--flag value ...]", "", __doc__.split("\n")[0]]
+    pattern = r'^    (?:# (.+)|(\w+): (.+) = .+\n    """(.+)""")$'
+    for group, name, kind, text in re.findall(pattern, inspect.getsource(Args), re.MULTILINE):
+        default = getattr(Args, name, None)
+        if group:
+            lines += ["", f"{group}:"]
+            continue
+        if kind == "bool":
+            invocation, default = f"{flag(name)}, {flag('no_' + name)}", "on" if default else "off"
+        elif kind.startswith("Literal"):
+            invocation = f"{flag(name)} {{{','.join(Args.__annotations__[name].__args__)}}}"
+        else:
+            invocation = f"{flag(name)} {kind.removesuffix(' | None').upper()}"
+        lines.append(f"  {invocation:<37} {text} [{default}]")
+    return "\n".join(lines)
+
+
+def command_line(argv: list[str], **tyro_options) -> Args:
+    """tyro's reading of a command line; its box for a wrong one is put into one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, args=argv, add_help=False, **tyro_options)
+    except SystemExit:
+        said = re.split("─{9,}", box.getvalue().partition("╮")[2])[0]
+        fail(re.sub("[│╰╯]", " ", said) + " (--help lists the flags)")
+
+
+def parse_args(argv: list[str]) -> Args:
+    """Args from a command line. --resume and --eval start from the run's own settings, so a flag that contradicts
+    them is seen even where it names a default."""
+    if "-h" in argv or "--help" in argv:
+        print(help_page())
+        raise SystemExit(0)
+    args = command_line(argv)
+    given = {name: getattr(args, name) for name in ("resume", "eval") if getattr(args, name) is not None}
+    if not given:
+        return args
+    if len(given) == 2:
+        fail(f"--resume {args.resume} and --eval {args.eval}: give one of them")
+    [(mode, folder)] = given.items()
+    saved = saved_args(mode, folder)
+    saved.device = "auto"  # a run may move to another machine
+    args = command_line(argv, default=saved)
+    for name, value in dataclasses.asdict(args).items():
+        if value != getattr(saved, name) and name not in MAY_CHANGE[mode]:
+            fail(f"{flag(name)} {value}: the run in {folder} has {getattr(saved, name)}; leave the flag out")
+    return args
+
+
+def check_args(args: Args):
+    """Leave with one line for a value that no run could use."""
+    unit_interval = {"gamma", "gae_lambda"}
+    at_least_0 = {"seed", "clip_coef", "vf_coef", "ent_coef"}
+    for name, value in dataclasses.asdict(args).items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        if name == "log_std_init" and not abs(value) <= 20:
+            fail(f"{flag(name)} {value}: must be in [-20, 20]")
+        if name in unit_interval and not 0 <= value <= 1:
+            fail(f"{flag(name)} {value}: must be in [0, 1]")
+        if name in at_least_0 and not 0 <= value < 2**31:
+            fail(f"{flag(name)} {value}: must be 0 or more, and below 2**31")
+        if name not in {*unit_interval, *at_least_0, "log_std_init"} and not 0 < value < math.inf:
+            fail(f"{flag(name)} {value}: must be above 0")
+    if min(args.encoder_sizes, default=0) < 1 or min(args.hold, default=1) < 1:
+        fail(
+            f"--encoder-sizes {args.encoder_sizes}, --hold {args.hold}: needed are one or more widths and steps above 0"
+        )
+    batch_size = args.num_envs * args.num_steps
+    batch = f"the batch, {args.num_envs} x {args.num_steps} = {batch_size} steps"
+    if batch_size % args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches}: must divide {batch}")
+    if args.total_timesteps < batch_size:
+        fail(f"--total-timesteps {args.total_timesteps}: must be at least {batch}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail(f"--device cuda: torch {torch.__version__} finds no CUDA device here; use --device cpu or auto")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track: Weights & Biases is not installed; pip install wandb==0.31.0")
+    if "/" in args.exp_name:
+        fail(f"--exp-name {args.exp_name}: must do as part of a folder's name, without /")
+
+
+# ======================================================================================================
+# Environments
+#
+# Inside this script a hybrid action is a vector (k, x_1 ... x_P): the choice k = 0 ... K - 1, then the
+# parameters of all choices, each in [-1, 1]. HybridSpace turns what an environment's own action space is
+# into that and back. As in ppo_continuous.py autoreset stays off: the finished environments, and only
+# those, are reset at once, so every row of a rollout is a real transition.
+# ======================================================================================================
+
+
+@dataclass
+class HybridSpace:
+    """K choices, P parameters with the environment's bounds, and which of them each choice uses."""
+
+    space: gym.Space
+    K: int
+    start: int  # of the Discrete
+    low: np.ndarray  # [P]
+    high: np.ndarray  # [P]
+    mask: np.ndarray  # bool [K, P]
+    boxes: list[gym.spaces.Box]
+
+    def to_env(self, actions: np.ndarray):
+        """(k, x) [..., 1 + P] -> the environment's action, with leading dimensions where the input has them."""
+        k = actions[..., 0].astype(np.int64) + self.start
+        x = self.low + (actions[..., 1:] + 1) / 2 * (self.high - self.low)
+        parts, at = [], 0
+        for box in self.boxes:
+            part = x[..., at : at + math.prod(box.shape)]
+            parts.append(part.reshape(*x.shape[:-1], *box.shape).astype(box.dtype))
+            at += math.prod(box.shape)
+        if isinstance(self.space, gym.spaces.Dict):
+            parts = iter(parts)
+            spaces = self.space.spaces.items()
+            return {name: k if isinstance(s, gym.spaces.Discrete) else next(parts) for name, s in spaces}
+        if isinstance(self.space[1], gym.spaces.Tuple):
+            return k, tuple(parts)
+        return k, *parts
+
+
+def hybrid_space(space: gym.Space, mask=None) -> HybridSpace:
+    """HybridSpace of Tuple(Discrete, Box), Tuple(Discrete, Box_1 ... Box_m), Tuple(Discrete, Tuple(Box_1 ... Box_m)) or
+    a Dict of a Discrete and Boxes. Without a mask [K, P] as many Boxes as choices are one for each, and any other
+    number is for all. Raises ValueError, with what is wrong, for all else."""
+    leaves = list(space.spaces.values()) if isinstance(space, gym.spaces.Dict) else list(getattr(space, "spaces", []))
+    if len(leaves) == 2 and isinstance(leaves[1], gym.spaces.Tuple):
+        leaves = [leaves[0], *leaves[1].spaces]
+    choices = [leaf for leaf in leaves if isinstance(leaf, gym.spaces.Discrete)]
+    boxes = [leaf for leaf in leaves if isinstance(leaf, gym.spaces.Box)]
+    if len(choices) != 1 or not boxes or len(leaves) != len(choices) + len(boxes):
+        raise ValueError(f"actions are {space}; needed are one Discrete and Boxes in a Tuple or Dict")
+    if isinstance(space, gym.spaces.Tuple) and leaves[0] is not choices[0]:
+        raise ValueError(f"actions are {space}; the Discrete must come first")
+    low = np.concatenate([box.low.ravel() for box in boxes]).astype(np.float64)
+    high = np.concatenate([box.high.ravel() for box in boxes]).astype(np.float64)
+    if not (np.isfinite(low) & np.isfinite(high)).all() or (low > high).any():
+        raise ValueError(f"actions are {space}; every parameter needs finite bounds, low <= high")
+    K, P = int(choices[0].n), len(low)
+    if mask is None:
+        mask = np.ones((K, P), dtype=bool)
+        if len(boxes) == K:
+            owner = np.repeat(np.arange(K), [math.prod(box.shape) for box in boxes])
+            mask = owner == np.arange(K)[:, None]
+    mask = np.asarray(mask)
+    if mask.shape != (K, P) or not np.isin(mask, (0, 1)).all():
+        raise ValueError(f"the parameter mask has shape {mask.shape}; needed are 0s and 1s of shape [{K}, {P}]")
+    return HybridSpace(space, K, int(choices[0].start), low, high, mask.astype(bool), boxes)
+
+
+def flat(obs) -> np.ndarray:
+    """An observation of arrays and numbers, tuples and dicts of them, as one float32 vector."""
+    if isinstance(obs, (tuple, list, dict)):
+        return np.concatenate([flat(part) for part in (obs.values() if isinstance(obs, dict) else obs)])
+    return np.asarray(obs, dtype=np.float32).reshape(-1)
+
+
+def flat_size(space: gym.Space) -> int:
+    """Length of flat(an observation of the space). Raises ValueError for what is neither a vector nor a number."""
+    if isinstance(space, (gym.spaces.Tuple, gym.spaces.Dict)):
+        return sum(map(flat_size, space.spaces.values() if isinstance(space, gym.spaces.Dict) else space.spaces))
+    if isinstance(space, gym.spaces.Discrete):
+        return 1
+    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+        return space.shape[0]
+    raise ValueError(f"observations are {space}; supported are flat Boxes and Discretes, and Tuples and Dicts of them")
+
+
+class HybridActions(gym.Wrapper):
+    """An environment with actions (k, x_1 ... x_P) and flat float32 observations. Where it tells which choices are
+    valid (action_mask, in info or as an attribute), these K numbers 0 or 1 follow the observation."""
+
+    def __init__(self, env: gym.Env, mask=None):
+        super().__init__(env)
+        mask = getattr(env.unwrapped, "parameter_mask", None) if mask is None else mask
+        self.hybrid = hybrid_space(env.action_space, mask)
+        _, info = env.reset(seed=0)
+        self.masks_choices = self.choices(info) is not None
+        size = flat_size(env.observation_space) + self.hybrid.K * self.masks_choices
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        low, high = np.broadcast_to([[-1.0], [1.0]], (2, 1 + len(self.hybrid.low))).astype(np.float32)
+        low[0], high[0] = 0, self.hybrid.K - 1
+        self.action_space = gym.spaces.Box(low, high)
+
+    def choices(self, info: dict):
+        return info.get("action_mask", getattr(self.env.unwrapped, "action_mask", None))
+
+    def observe(self, obs, info: dict) -> np.ndarray:
+        return flat((obs, self.choices(info)) if self.masks_choices else obs)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.observe(obs, info), info
+
+    def step(self, action: np.ndarray):
+        obs, reward, terminated, truncated, info = self.env.step(self.hybrid.to_env(action))
+        return self.observe(obs, info), reward, terminated, truncated, info
+
+
+class Hold(gym.Wrapper):
+    """An environment with Box actions as a hybrid one: (k, action), the action held for holds[k] steps. Rewards are
+    summed; info["duration"] says how many steps it was, fewer than holds[k] where the episode ended."""
+
+    def __init__(self, env: gym.Env, holds: tuple[int, ...]):
+        super().__init__(env)
+        if not isinstance(env.action_space, gym.spaces.Box):
+            raise ValueError(f"actions are {env.action_space}; --hold needs a Box")
+        self.holds = holds
+        self.action_space = gym.spaces.Tuple([gym.spaces.Discrete(len(holds)), env.action_space])
+        self.parameter_mask = np.ones((len(holds), env.action_space.shape[0]), dtype=bool)
+
+    def step(self, action):
+        total, duration, done = 0.0, 0, False
+        while duration < self.holds[action[0]] and not done:
+            obs, reward, terminated, truncated, info = self.env.step(action[1])
+            total, duration, done = total + float(reward), duration + 1, terminated or truncated
+        return obs, total, terminated, truncated, {**info, "duration": duration}
+
+
+def make_env(args: Args, **kwargs) -> gym.Env:
+    """One environment as HybridActions, else exit 2."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is out of date")  # the v4 ids are meant
+        if args.env_id == "Platform-v0":
+            with contextlib.suppress(ImportError):
+                import hybrid_platform  # noqa: F401  registers it
+        try:
+            env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+        except gym.error.UnregisteredEnv as error:
+            close = difflib.get_close_matches(args.env_id, gym.registry, n=3)
+            fail(f"--env-id {args.env_id}: {error}" + (f" Close matches: {', '.join(close)}" if close else ""))
+        except Exception as error:  # whatever a third party's constructor raises is about this id
+            fail(f"--env-id {args.env_id}: cannot be made: {error}")
+    mask = None
+    if args.parameter_mask is not None:
+        try:
+            text = Path(args.parameter_mask).read_text() if os.path.exists(args.parameter_mask) else args.parameter_mask
+            mask = np.array(json.loads(text))
+        except (OSError, ValueError) as error:
+            fail(f"--parameter-mask {args.parameter_mask}: neither a file nor JSON, rows of 0 and 1 a choice ({error})")
+    try:
+        return HybridActions(Hold(env, args.hold) if args.hold else env, mask)
+    except ValueError as error:
+        others = {"Box": "ppo_continuous.py", "Discrete": "vmpo.py", "MultiDiscrete": "ppo_multidiscrete_joint_loss.py"}
+        serves = others.get(type(env.action_space).__name__)
+        fail(f"--env-id {args.env_id}: {error}" + (f"; {serves} serves this space" if serves and not args.hold else ""))
+
+
+class GymnasiumEnvs:
+    """N environments stepped in a plain loop, which takes a tenth less time than gymnasium's SyncVectorEnv."""
+
+    def __init__(self, args: Args):
+        self.envs = [make_env(args) for _ in range(args.num_envs)]
+        self.durations = np.ones(args.num_envs)  # steps of the environment that the last actions took
+
+    def reset(self, indices, seed: int | None = None) -> np.ndarray:
+        """Start new episodes in these environments; their first observations, float32 [len(indices), O]."""
+        seeds = [None if seed is None else seed + int(i) for i in indices]
+        return np.array([self.envs[i].reset(seed=s)[0] for i, s in zip(indices, seeds)], dtype=np.float32)
+
+    def step(self, actions: np.ndarray):
+        """actions [N, 1 + P] -> next_obs float32 [N, O], rewards float64 [N], terminated and truncated bool [N]."""
+        n = len(self.envs)
+        obs = np.empty((n, *self.envs[0].observation_space.shape), dtype=np.float32)
+        rewards, terminated, truncated = np.empty(n), np.empty(n, dtype=bool), np.empty(n, dtype=bool)
+        for i, env in enumerate(self.envs):
+            obs[i], rewards[i], terminated[i], truncated[i], info = env.step(actions[i])
+            self.durations[i] = info.get("duration", 1)
+        return obs, rewards, terminated, truncated
+
+    def state(self) -> list[dict] | None:
+        """Everything that a continued episode depends on, or None where that cannot be captured."""
+        states = [mujoco_state(env) for env in self.envs]
+        return None if None in states else states
+
+    def load_state(self, states: list[dict]):
+        for env, state in zip(self.envs, states):
+            load_mujoco_state(env, state)
+
+
+class BatchedEnvs:
+    """N environments that one vector environment steps at once."""
+
+    def __init__(self, env: gym.vector.VectorEnv, single: HybridActions):
+        self.env, self.single = env, single
+        self.durations = np.ones(env.num_envs)
+
+    def observe(self, obs, info: dict) -> np.ndarray:
+        parts = [np.asarray(obs, dtype=np.float32).reshape(self.env.num_envs, -1)]
+        if self.single.masks_choices:
+            parts.append(np.asarray(info.get("action_mask", getattr(self.env.unwrapped, "action_mask", None))))
+        return np.concatenate(parts, axis=1, dtype=np.float32)
+
+    def reset(self, indices, seed: int | None = None) -> np.ndarray:
+        mask = np.isin(np.arange(self.env.num_envs), indices)
+        return self.observe(*self.env.reset(seed=seed, options={"reset_mask": mask}))[mask]
+
+    def step(self, actions: np.ndarray):
+        obs, rewards, terminated, truncated, info = self.env.step(self.single.hybrid.to_env(actions))
+        return self.observe(obs, info), rewards.astype(np.float64), terminated, truncated
+
+    def state(self) -> dict | None:
+        return self.env.state() if isinstance(self.env, PlaneVectorEnv) else None
+
+    def load_state(self, state: dict):
+        self.env.load_state(state)
+
+
+def mujoco_state(env: gym.Env) -> dict | None:
+    """The physics, the random generator and the step counter of a MuJoCo environment; None for any other."""
+    base = env.unwrapped
+    mujoco_env = sys.modules.get("gymnasium.envs.mujoco.mujoco_env")  # the script itself can do without MuJoCo
+    if mujoco_env is None or not isinstance(base, mujoco_env.MujocoEnv):
+        return None
+    import mujoco
+
+    spec = mujoco.mjtState.mjSTATE_INTEGRATION
+    physics = np.empty(mujoco.mj_stateSize(base.model, spec))
+    mujoco.mj_getState(base.model, base.data, physics, spec)
+    # Some environments read derived arrays (Ant xpos, Humanoid xipos) before the next step recomputes them.
+    arrays = {name: getattr(base.data, name) for name in dir(base.data) if not name.startswith("_")}
+    arrays = {name: a for name, a in arrays.items() if isinstance(a, np.ndarray) and a.size and a.dtype.kind in "fi"}
+    return {
+        "physics": torch.from_numpy(physics),
+        "derived": {name: torch.from_numpy(array.copy()) for name, array in arrays.items()},
+        "rng": base.np_random.bit_generator.state,
+        "elapsed_steps": env.get_wrapper_attr("_elapsed_steps") if env.has_wrapper_attr("_elapsed_steps") else None,
+    }
+
+
+def load_mujoco_state(env: gym.Env, state: dict):
+    """Continue the episode that mujoco_state captured, bit for bit."""
+    import mujoco
+
+    base = env.unwrapped
+    env.reset()
+    mujoco.mj_setState(base.model, base.data, state["physics"].numpy(), mujoco.mjtState.mjSTATE_INTEGRATION)
+    for name, array in state["derived"].items():
+        if getattr(base.data, name).shape == tuple(array.shape):  # those of the contacts are made anew in each step
+            getattr(base.data, name)[...] = array.numpy()
+    base.np_random.bit_generator.state = state["rng"]
+    if state["elapsed_steps"] is not None:  # gymnasium's TimeLimit
+        env.set_wrapper_attr("_elapsed_steps", state["elapsed_steps"])
+
+
+def make_envs(args: Args, seed: int):
+    single = make_env(args)
+    if (
+        not args.hold
+        and single.spec.vector_entry_point is not None
+        and isinstance(single.observation_space, gym.spaces.Box)
+    ):
+        with contextlib.suppress(TypeError):  # one that cannot leave the resets to its caller is stepped one by one
+            disabled = gym.vector.AutoresetMode.DISABLED
+            return BatchedEnvs(gym.make_vec(args.env_id, args.num_envs, autoreset_mode=disabled), single)
+    return GymnasiumEnvs(args)
+
+
+# The embedded environments. Each is a world in arrays [N, ...] of float64, so that N of them cost little more than one.
+
+
+class PlaneVectorEnv(gym.vector.VectorEnv):
+    """N agents in the plane, each with a target within [-1, 1]^2, stepped together.
+
+    Actions (k int [N], x [N, P]); observations float32 [N, O]. Environment i draws its starts from a generator of its
+    own, seeded with seed + i. Autoreset as gymnasium's default, in the next step, or AutoresetMode.DISABLED, where
+    reset(options={"reset_mask": bool [N]}) starts new episodes. info["success"] is bool [N].
+    """
+
+    STARTS: int  # numbers in [0, 1) that a start is made of
+    STEPS: int  # of an episode, at most
+    OBS: int
+    RADIUS = 0.1  # of the target
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        max_episode_steps: int | None = None,
+        render_mode: str | None = None,
+        autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP,
+        **kwargs,
+    ):
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 20, "autoreset_mode": autoreset_mode}
+        if autoreset_mode == gym.vector.AutoresetMode.SAME_STEP:
+            raise ValueError("autoreset_mode: must be NEXT_STEP or DISABLED")
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self.parameter_mask = self.make_parameter_mask(**kwargs)  # bool [K, P]
+        K, P = self.parameter_mask.shape
+        box = gym.spaces.Box(*np.float32(self.bounds(P)))
+        self.single_action_space = gym.spaces.Tuple([gym.spaces.Discrete(K), box])
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (self.OBS,), np.float32)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.rngs = [np.random.default_rng() for _ in range(num_envs)]
+        self.over = np.ones(num_envs, dtype=bool)  # waits for its reset
+        self.arrays = {"t": np.zeros(num_envs), "pos": np.zeros((num_envs, 2)), "target": np.zeros((num_envs, 2))}
+
+    def bounds(self, P: int):
+        return -np.ones(P), np.ones(P)
+
+    def distance(self) -> np.ndarray:
+        return np.sqrt(((self.arrays["target"] - self.arrays["pos"]) ** 2).sum(-1))
+
+    def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None):
+        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool)))
+        seeds = [None if seed is None else seed + i for i in range(self.num_envs)] if np.ndim(seed) == 0 else seed
+        for i in np.flatnonzero(mask):
+            if seeds[i] is not None:
+                self.rngs[i] = np.random.default_rng(seeds[i])
+        self.restart(mask)
+        return self.observe(), {}
+
+    def restart(self, mask: np.ndarray):
+        if mask.any():
+            self.arrays["t"][mask], self.over[mask] = 0, False
+            draws = np.array([self.rngs[i].random(self.STARTS) for i in np.flatnonzero(mask)])
+            for name, value in self.start(draws).items():
+                self.arrays.setdefault(name, np.zeros((self.num_envs, *value.shape[1:])))[mask] = value
+
+    def step(self, actions):
+        k, x = np.asarray(actions[0]), np.asarray(actions[1], dtype=np.float64)
+        waited = self.over.copy()
+        if waited.any() and self.metadata["autoreset_mode"] == gym.vector.AutoresetMode.DISABLED:
+            raise ValueError(f"environments {np.flatnonzero(waited)} have ended: reset them first")
+        self.arrays["t"] += 1
+        rewards, terminated, success = self.advance(k, x)
+        if waited.any():  # their step is the reset
+            self.restart(waited)
+            rewards, terminated, success = rewards * ~waited, terminated & ~waited, success & ~waited
+        self.over = terminated.copy()
+        return self.observe(), rewards, terminated, np.zeros(self.num_envs, dtype=bool), {"success": success}
+
+    def state(self) -> dict:
+        arrays = {name: torch.from_numpy(array.copy()) for name, array in {**self.arrays, "over": self.over}.items()}
+        return {"arrays": arrays, "rngs": [rng.bit_generator.state for rng in self.rngs]}
+
+    def load_state(self, state: dict):
+        self.arrays = {name: tensor.numpy().copy() for name, tensor in state["arrays"].items()}
+        self.over = self.arrays.pop("over")
+        for rng, rng_state in zip(self.rngs, state["rngs"]):
+            rng.bit_generator.state = rng_state
+
+    def render(self) -> tuple[np.ndarray, ...]:
+        """A picture of each: the field, the target in green, the agent in blue with its heading in black."""
+        x, y = np.meshgrid(np.linspace(-1.2, 1.2, 240), np.linspace(1.2, -1.2, 240))
+        pictures = []
+        for i in range(self.num_envs):
+            picture = np.full((240, 240, 3), 255, dtype=np.uint8)
+            picture[np.maximum(abs(x), abs(y)) > 1] = 210
+            heading = self.heading()[i]
+            spots = [
+                (self.arrays["target"][i], self.RADIUS, (0, 158, 115)),
+                (self.arrays["pos"][i], 0.05, (0, 114, 178)),
+            ]
+            spots += [(self.arrays["pos"][i] + s * heading, 0.015, (0, 0, 0)) for s in np.linspace(0, 0.12, 12)]
+            for centre, radius, colour in spots:
+                picture[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 < radius**2] = colour
+            pictures.append(picture)
+        return tuple(pictures)
+
+
+class MovingVectorEnv(PlaneVectorEnv):
+    """Drive to the target and stop within it: gym-hybrid's Moving, and with slide=True its Sliding.
+
+    k 0 ACCELERATE(p in [0, 1]): speed += 0.5 p. k 1 TURN(p in [-1, 1]): heading += p pi / 2. k 2 BRAKE: speed -= 0.1,
+    not below 0. Then the position moves by 0.005 speed along the heading. Sliding keeps the speed's direction apart
+    from the heading: thrust adds to it as a vector. Reward: how much nearer, less 0.001, and +1 for standing within the
+    target, which ends the episode; so does leaving the field, or t > 200, with a reward of -1. The time is observed, so
+    its end is a termination. Observation: x, y, speed, cos, sin of the heading, target x, y, distance, inside, t / 200.
+    """
+
+    STARTS, STEPS, OBS = 5, 200, 10
+
+    def make_parameter_mask(self, slide: bool = False) -> np.ndarray:
+        self.slide = slide
+        return np.array([[1, 0], [0, 1], [0, 0]], dtype=bool)
+
+    def bounds(self, P: int):
+        return np.array([0.0, -1.0]), np.array([1.0, 1.0])
+
+    def start(self, u: np.ndarray) -> dict:
+        heading = u[:, 4] * 2 * np.pi
+        zero = np.zeros(len(u))
+        return {
+            "pos": 2 * u[:, :2] - 1,
+            "target": 0.9 * (2 * u[:, 2:4] - 1),
+            "heading": heading,
+            "speed": zero,
+            "phi": heading,
+        }
+
+    def advance(self, k: np.ndarray, x: np.ndarray):
+        s, before = self.arrays, self.distance()
+        thrust = np.where(k == 0, 0.5 * x[:, 0], 0.0)
+        s["heading"] = s["heading"] + np.where(k == 1, x[:, 1] * np.pi / 2, 0.0)
+        if self.slide:
+            vx = s["speed"] * np.cos(s["phi"]) + thrust * np.cos(s["heading"])
+            vy = s["speed"] * np.sin(s["phi"]) + thrust * np.sin(s["heading"])
+            s["speed"] = np.where(k == 0, np.sqrt(vx**2 + vy**2), s["speed"])
+            s["phi"] = np.where(k == 0, np.arctan2(vy, vx), s["phi"])
+        else:
+            s["speed"], s["phi"] = s["speed"] + thrust, s["heading"]
+        s["speed"] = np.where(k == 2, np.maximum(s["speed"] - 0.1, 0.0), s["speed"])
+        s["pos"] = s["pos"] + 0.005 * s["speed"][:, None] * np.stack([np.cos(s["phi"]), np.sin(s["phi"])], -1)
+        after = self.distance()
+        success = (after < self.RADIUS) & (s["speed"] == 0)
+        failure = ~success & ((abs(s["pos"]) > 1).any(-1) | (s["t"] > self.STEPS))
+        return np.where(failure, -1.0, before - after - 0.001 + success), success | failure, success
+
+    def observe(self) -> np.ndarray:
+        s, distance = self.arrays, self.distance()
+        columns = [s["pos"][:, 0], s["pos"][:, 1], s["speed"], np.cos(s["heading"]), np.sin(s["heading"])]
+        columns += [s["target"][:, 0], s["target"][:, 1], distance, distance < self.RADIUS, s["t"] / self.STEPS]
+        return np.stack(columns, -1, dtype=np.float32, casting="same_kind")
+
+    def heading(self) -> np.ndarray:
+        return np.stack([np.cos(self.arrays["heading"]), np.sin(self.arrays["heading"])], -1)
+
+
+class HardMoveVectorEnv(PlaneVectorEnv):
+    """Reach the target with n actuators, of which every choice switches on a subset (after HyAR's Hard Move).
+
+    Choice k switches on the actuators i whose bit i of k is set; the position moves by 0.1 times the sum of their p_i
+    in [-1, 1] along the angles 2 pi i / n. The reward is that of Moving, but the target need only be reached, within 25
+    steps. Observation: x, y, target x, y, target - position, distance, t / 25.
+    """
+
+    STARTS, STEPS, OBS, FORCE = 4, 25, 8, 0.1
+
+    def make_parameter_mask(self, n: int = 4) -> np.ndarray:
+        self.directions = np.stack([np.cos(2 * np.pi * np.arange(n) / n), np.sin(2 * np.pi * np.arange(n) / n)], -1)
+        return (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(bool)
+
+    def start(self, u: np.ndarray) -> dict:
+        return {"pos": 2 * u[:, :2] - 1, "target": 0.9 * (2 * u[:, 2:] - 1), "move": np.zeros((len(u), 2))}
+
+    def advance(self, k: np.ndarray, x: np.ndarray):
+        s, before = self.arrays, self.distance()
+        switched = x * self.parameter_mask[k]
+        s["move"] = np.zeros((self.num_envs, 2))
+        for i, direction in enumerate(self.directions):  # a matrix product's order of summation can vary with N
+            s["move"] += switched[:, i, None] * direction
+        s["pos"] = s["pos"] + self.FORCE * s["move"]
+        after = self.distance()
+        success = after < self.RADIUS
+        failure = ~success & ((abs(s["pos"]) > 1).any(-1) | (s["t"] >= self.STEPS))
+        return np.where(failure, -1.0, before - after - 0.001 + success), success | failure, success
+
+    def observe(self) -> np.ndarray:
+        s = self.arrays
+        columns = [
+            s["pos"],
+            s["target"],
+            s["target"] - s["pos"],
+            self.distance()[:, None],
+            s["t"][:, None] / self.STEPS,
+        ]
+        return np.concatenate(columns, -1, dtype=np.float32, casting="same_kind")
+
+    def heading(self) -> np.ndarray:
+        return self.arrays["move"] / np.maximum(np.sqrt((self.arrays["move"] ** 2).sum(-1, keepdims=True)), 1e-9)
+
+
+class CatchPointVectorEnv(PlaneVectorEnv):
+    """Get near the target and catch it (after Fan et al. 2019's Catching Point).
+
+    k 0 MOVE(p in [-1, 1]): a force of 2 along the angle p pi. k 1 CATCH: no force; a target within 0.2 is caught, which
+    ends the episode with +20; 10 attempts. In steps of 0.1, velocity *= 1 - 0.25, then + force 0.1. Each step costs the
+    squared distance. 30 steps. Observation: x, y, velocity, target x, y, target - position, attempts left / 10, t / 30.
+    """
+
+    STARTS, STEPS, OBS, RADIUS = 4, 30, 10, 0.2
+
+    def make_parameter_mask(self) -> np.ndarray:
+        return np.array([[1], [0]], dtype=bool)
+
+    def start(self, u: np.ndarray) -> dict:
+        zero, attempts = np.zeros((len(u), 2)), np.full(len(u), 10.0)
+        return {"pos": 2 * u[:, :2] - 1, "target": 2 * u[:, 2:] - 1, "velocity": zero, "attempts": attempts}
+
+    def advance(self, k: np.ndarray, x: np.ndarray):
+        s, angle = self.arrays, x[:, 0] * np.pi
+        force = np.where((k == 0)[:, None], 2.0 * np.stack([np.cos(angle), np.sin(angle)], -1), 0.0)
+        success = (k == 1) & (self.distance() < self.RADIUS)
+        s["attempts"] = s["attempts"] - (k == 1)
+        s["velocity"] = s["velocity"] * (1 - 0.25) + force * 0.1
+        s["pos"] = s["pos"] + s["velocity"] * 0.1
+        over = success | (s["attempts"] <= 0) | (s["t"] >= self.STEPS)
+        return 20.0 * success - self.distance() ** 2, over, success
+
+    def observe(self) -> np.ndarray:
+        s = self.arrays
+        columns = [s["pos"], s["velocity"], s["target"], s["target"] - s["pos"]]
+        columns += [s["attempts"][:, None] / 10, s["t"][:, None] / self.STEPS]
+        return np.concatenate(columns, -1, dtype=np.float32, casting="same_kind")
+
+    def heading(self) -> np.ndarray:
+        return self.arrays["velocity"]
+
+
+class PlaneEnv(gym.Env):
+    """One environment of a PlaneVectorEnv class."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+
+    def __init__(self, world: type, render_mode: str | None = None, **kwargs):
+        self.world = world(1, autoreset_mode=gym.vector.AutoresetMode.DISABLED, **kwargs)
+        self.action_space, self.observation_space = self.world.single_action_space, self.world.single_observation_space
+        self.render_mode, self.parameter_mask = render_mode, self.world.parameter_mask
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        return self.world.reset(seed=seed)[0][0], {}
+
+    def step(self, action):
+        arrays = np.array([action[0]]), np.asarray(action[1])[None]
+        obs, rewards, terminated, truncated, info = self.world.step(arrays)
+        return obs[0], float(rewards[0]), bool(terminated[0]), False, {"success": bool(info["success"][0])}
+
+    def render(self) -> np.ndarray:
+        return self.world.render()[0]
+
+
+for name, world, options in [
+    ("HybridMoving-v0", MovingVectorEnv, {}),
+    ("HybridSliding-v0", MovingVectorEnv, {"slide": True}),
+    ("HybridCatchPoint-v0", CatchPointVectorEnv, {}),
+    ("HybridHardMove-v0", HardMoveVectorEnv, {}),  # gymnasium.make("HybridHardMove-v0", n=6)
+    *((f"HybridHardMove{n}-v0", HardMoveVectorEnv, {"n": n}) for n in (4, 6, 8, 10)),
+]:
+    if name not in gym.registry:
+        gym.register(name, functools.partial(PlaneEnv, world), vector_entry_point=world, kwargs=options)
+
+
+# ======================================================================================================
+# Agent
+# ======================================================================================================
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of everything seen, in float64, merged batch by batch (Chan et al. 1979)."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(shape))  # mean and 1 / std in the networks' float32
+        self.register_buffer("scale", torch.ones(shape))
+
+    @torch.no_grad()
+    def update(self, x: torch.Tensor):
+        """x [..., *shape]: all leading dimensions are samples."""
+        x = x.to(self.mean).reshape(-1, *self.mean.shape)
+        mean, var, count = x.mean(0), x.var(0, correction=0), len(x)
+        total = self.count + count
+        delta = mean - self.mean
+        self.var.copy_((self.var * self.count + var * count + delta**2 * self.count * count / total) / total)
+        self.mean += delta * count / total
+        self.count.copy_(total)
+        self.shift.copy_(self.mean)
+        self.scale.copy_((self.var + 1e-8).rsqrt())
+
+
+def layer_init(layer: nn.Linear, std: float = math.sqrt(2), bias: float = 0.0) -> nn.Linear:
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, bias)
+    return layer
+
+
+def hidden_layers(*sizes: int) -> nn.Sequential:
+    """Tanh layers from sizes[0] inputs to sizes[-1] outputs."""
+    layers = [(layer_init(nn.Linear(i, o)), nn.Tanh()) for i, o in zip(sizes, sizes[1:])]
+    return nn.Sequential(*(part for layer in layers for part in layer))
+
+
+class Agent(nn.Module):
+    """A softmax over K choices, a Gaussian N(mean(s), diag sigma^2) over all P parameters and a value V(s)."""
+
+    def __init__(self, env: HybridActions, args: Args):
+        super().__init__()
+        self.norm_obs = args.norm_obs
+        (K, action_dim), obs_dim = env.hybrid.mask.shape, env.observation_space.shape[0]
+        self.register_buffer("parameter_mask", torch.from_numpy(env.hybrid.mask).float(), persistent=False)
+        self.obs_rms = RunningMeanStd(obs_dim)
+        self.masked = K if env.masks_choices else 0  # so many last numbers of an observation tell the valid choices
+        self.obs_dim = obs_dim - self.masked
+        sizes = (self.obs_dim, *args.encoder_sizes)
+        self.encoders = nn.ModuleList(hidden_layers(*sizes) for _ in range(1 if args.shared_encoder else 3))
+        self.critic = layer_init(nn.Linear(sizes[-1], 1), std=1.0)
+        self.actor_logits = layer_init(nn.Linear(sizes[-1], K), std=0.01)
+        self.actor_mean = layer_init(nn.Linear(sizes[-1], action_dim), std=0.01)
+        if args.std_type == "state":
+            self.actor_logstd = layer_init(nn.Linear(sizes[-1], action_dim), std=0.01, bias=args.log_std_init)
+        else:
+            log_std = torch.full((action_dim,), args.log_std_init)
+            self.actor_logstd = nn.Parameter(log_std, requires_grad=args.std_type == "independent")
+
+    def normalize(self, obs: torch.Tensor) -> torch.Tensor:
+        """Raw observations to network inputs. The statistics move between iterations only (and after the first
+        rollout), so that acting, evaluation and every epoch of an iteration see the same inputs."""
+        if not self.norm_obs:
+            return obs
+        scaled = ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10)
+        return torch.cat([scaled[..., : self.obs_dim], obs[..., self.obs_dim :]], -1)
+
+    def value(self, obs: torch.Tensor) -> torch.Tensor:
+        """Normalised obs [B, O] -> V [B]."""
+        return self(obs)[-1]
+
+    def forward(self, obs: torch.Tensor):
+        """Normalised obs [B, O] -> logits [B, K], mean [B, P], log_std [B, P], V [B]."""
+        inputs, valid = obs.split([self.obs_dim, self.masked], -1)
+        hidden = [encoder(inputs) for encoder in self.encoders] * (3 // len(self.encoders))
+        logits, mean = self.actor_logits(hidden[0]), self.actor_mean(hidden[1])
+        if self.masked:
+            logits = logits.masked_fill(valid == 0, -1e8)  # probability 0, and no gradient
+        log_std = self.actor_logstd(hidden[1]) if isinstance(self.actor_logstd, nn.Linear) else self.actor_logstd
+        return logits, mean, log_std.expand_as(mean), self.critic(hidden[2]).squeeze(-1)
+
+
+# ======================================================================================================
+# Rollout
+# ======================================================================================================
+
+
+def check_finite(values: dict, global_step: int):
+    """Raise FloatingPointError for the first of these numbers or arrays that has a nan or an inf."""
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise FloatingPointError(f"{name} is nan or inf at step {global_step:,}")
+
+
+@torch.inference_mode()
+def act(agent: Agent, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """k, which is the argmax of logits + noise, and mean + sigma * noise for raw obs [N, O] and draw_noise [N, K + P]:
+    at noise 0 the likeliest choice and the mean. Left uncompiled: at this size a compiled call saves nothing."""
+    logits, mean, log_std, _ = agent(agent.normalize(obs))
+    gumbel, normal = noise.split([logits.shape[-1], mean.shape[-1]], -1)
+    return torch.cat([(logits + gumbel).argmax(-1, keepdim=True), torch.addcmul(mean, log_std.exp(), normal)], -1)
+
+
+def draw_noise(agent: Agent, *shape: int) -> torch.Tensor:
+    """What act turns into actions, [*shape, K + P]: Gumbel noise, whose argmax draws from a softmax, and normal."""
+    K, P = agent.parameter_mask.shape
+    return torch.cat([-torch.empty(*shape, K).exponential_().log(), torch.randn(*shape, P)], -1)
+
+
+def start_episodes(envs, num_envs: int, seed: int) -> dict:
+    """What a rollout carries on from: the current observations, and each running episode's sums."""
+    obs = envs.reset(np.arange(num_envs), seed)
+    zeros = np.zeros(num_envs)
+    return {"obs": obs, "episode_return": zeros, "episode_length": zeros.copy(), "discounted_return": zeros.copy()}
+
+
+def rollout(envs, agent: Agent, running: dict, action_space: gym.spaces.Box, args: Args, global_step: int):
+    """T steps of N environments; `running` is carried forward in place.
+
+    Returns rows, CPU tensors [T, N, ...], each row one real transition, and the episodes that finished as
+    tuples (global_step, return, length). Raises FloatingPointError on a nan or inf from an environment.
+    """
+    T, N, O, A = args.num_steps, args.num_envs, running["obs"].shape[1], action_space.shape[0]
+    device = agent.obs_rms.shift.device
+    rows = {
+        "obs": torch.empty(T, N, O),
+        "actions": torch.empty(T, N, A),  # as drawn; only the environment sees them clipped
+        "rewards": torch.empty(T, N, dtype=torch.float64),
+        "durations": torch.empty(T, N),
+        "next_obs": torch.empty(T, N, O),
+        "terminated": torch.empty(T, N, dtype=torch.bool),
+        "done": torch.empty(T, N, dtype=torch.bool),
+    }
+    views = {name: tensor.numpy() for name, tensor in rows.items()}
+    noise = draw_noise(agent, T, N).to(device)
+    episodes = []
+    check_finite({"first observation": running["obs"]}, global_step)
+    for t, obs in enumerate(rows["obs"]):
+        views["obs"][t] = running["obs"]
+        actions = act(agent, obs.to(device), noise[t]).cpu().numpy()
+        next_obs, rewards, terminated, truncated = envs.step(np.clip(actions, action_space.low, action_space.high))
+        global_step += N
+        check_finite({"observation": next_obs, "reward": rewards}, global_step)
+        done = terminated | truncated
+        views["actions"][t], views["rewards"][t], views["next_obs"][t] = actions, rewards, next_obs
+        views["terminated"][t], views["done"][t], views["durations"][t] = terminated, done, envs.durations
+        running["obs"] = next_obs
+        running["episode_return"] += rewards
+        running["episode_length"] += 1
+        if done.any():
+            for i in np.flatnonzero(done):
+                episodes.append((global_step, float(running["episode_return"][i]), int(running["episode_length"][i])))
+            running["obs"][done] = envs.reset(np.flatnonzero(done))
+            check_finite({"first observation": running["obs"]}, global_step)
+            running["episode_return"][done] = running["episode_length"][done] = 0
+    return rows, episodes
+
+
+# ======================================================================================================
+# Advantages
+# ======================================================================================================
+
+
+def scale_rewards(rewards, done, running: dict, rms: RunningMeanStd, gamma: float) -> np.ndarray:
+    """Rewards [T, N] over the standard deviation of the discounted return, which starts again at `done`; one
+    scale for the whole rollout."""
+    discounted = np.empty_like(rewards)
+    carry = running["discounted_return"]
+    for t in range(len(rewards)):
+        discounted[t] = carry = gamma * carry + rewards[t]
+        carry = carry * ~done[t]
+    running["discounted_return"] = carry
+    rms.update(torch.from_numpy(discounted))
+    return np.clip(rewards * rms.scale.item(), -10, 10)
+
+
+def gae(rewards, values, next_values, terminated, done, gamma: float, gae_lambda: float) -> np.ndarray:
+    """Generalised advantage estimates, arrays [T, N] throughout (Schulman et al. 2016, arXiv:1506.02438).
+
+    delta_t = r_t + gamma (1 - terminated_t) V(next_obs_t) - V(obs_t)
+    A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}
+
+    A terminal state is worth nothing; a time limit only cuts the sum, so its successor's value still counts.
+    """
+    deltas = rewards + gamma * np.where(terminated, 0, next_values) - values
+    decay = gamma * gae_lambda * ~done
+    advantages = np.empty_like(deltas)
+    following = np.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantages[t] = following = deltas[t] + decay[t] * following
+    return advantages
+
+
+@torch.no_grad()
+def make_batch(rows: dict, agent: Agent, running: dict, reward_rms: RunningMeanStd, args: Args):
+    """Rows [T, N, ...] to the batch that the update reads, tensors [T * N, ...] on the agent's device. The old
+    policy and the values are computed here, in one pass. Also returns the value's explained variance."""
+    device = agent.obs_rms.shift.device
+    obs = agent.normalize(rows["obs"].to(device))
+    actions = rows["actions"].to(device)
+    logits, mean, log_std, values = agent(obs)
+    next_values = agent.value(agent.normalize(rows["next_obs"].to(device)))
+    rewards, done, terminated = rows["rewards"].numpy(), rows["done"].numpy(), rows["terminated"].numpy()
+    if args.norm_reward:
+        rewards = scale_rewards(rewards, done, running, reward_rms, args.gamma)
+    V, next_V = values.cpu().numpy(), next_values.cpu().numpy()
+    gamma = args.gamma ** rows["durations"].numpy()
+    advantages = gae(rewards.astype(np.float32), V, next_V, terminated, done, gamma, args.gae_lambda)
+    returns = advantages + V
+    explained_variance = 1 - np.var(returns - V) / max(np.var(returns), 1e-12)
+    batch = {
+        "obs": obs,
+        "actions": actions,
+        "logprobs": hybrid_logprobs(actions, logits, mean, log_std, agent.parameter_mask, args.parameters),
+        "advantages": torch.from_numpy(advantages).to(device),
+        "returns": torch.from_numpy(returns).to(device),
+        "values": values,
+    }
+    return {name: tensor.flatten(0, 1) for name, tensor in batch.items()}, float(explained_variance)
+
+
+# ======================================================================================================
+# Loss
+# ======================================================================================================
+
+METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "kl_choice", "kl_parameters")
+METRICS += ("clipfrac_choice", "clipfrac_parameters")
+
+
+def gaussian_logprob(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """log N(x; mean, diag exp(log_std)^2), summed over the last dimension."""
+    return (-0.5 * ((x - mean) * torch.exp(-log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def gaussian_entropy(log_std: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats, summed over the last dimension."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+def hybrid_logprobs(actions, logits, mean, log_std, mask: torch.Tensor, parameters: str) -> torch.Tensor:
+    """log pi(k|s) and log pi(x|s) of actions [..., 1 + P], as [..., 2]; of x what k uses, by mask [K, P], or all."""
+    k, x = actions[..., :1].long(), actions[..., 1:]
+    each = gaussian_logprob(x.unsqueeze(-1), mean.unsqueeze(-1), log_std.unsqueeze(-1))
+    used = mask[k.squeeze(-1)] if parameters == "chosen" else torch.ones_like(x)
+    return torch.cat([logits.log_softmax(-1).gather(-1, k), (each * used).sum(-1, keepdim=True)], -1)
+
+
+def hybrid_entropy(logits, log_std, mask: torch.Tensor, parameters: str) -> torch.Tensor:
+    """Entropy of the choice plus that of the parameters, weighted by the probability of the choices that use them."""
+    probabilities = logits.softmax(-1)
+    used = probabilities @ mask if parameters == "chosen" else torch.ones_like(log_std)
+    choice = -(probabilities * logits.log_softmax(-1)).sum(-1)
+    return choice + (used * gaussian_entropy(log_std.unsqueeze(-1))).sum(-1)
+
+
+def policy_loss(logratio: torch.Tensor, advantages: torch.Tensor, clip_coef: float, clip_space: str) -> torch.Tensor:
+    """-E[min(r A, clip(r, 1 - eps, 1 + eps) A)] for logratio = log r and A [B] (Eq. 7). With clip_space "log" log r
+    stands for r and 0 for 1, the variant that Section 6.1 mentions; with clip_coef 0 nothing is clipped (Eq. 6)."""
+    ratio, center = (logratio.exp(), 1.0) if clip_space == "ratio" else (logratio, 0.0)
+    if clip_coef == 0:
+        return -(ratio * advantages).mean()
+    clipped = ratio.clamp(center - clip_coef, center + clip_coef)
+    return -torch.minimum(ratio * advantages, clipped * advantages).mean()
+
+
+def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_coef: float) -> torch.Tensor:
+    """1/2 E[(V - R)^2], or with clip_coef > 0 the larger of that and the error of V clipped to V_old +- clip_coef."""
+    error = (values - returns) ** 2
+    if clip_coef > 0:
+        clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+        error = torch.maximum(error, (clipped - returns) ** 2)
+    return 0.5 * error.mean()
+
+
+def normalize_advantages(advantages: torch.Tensor) -> torch.Tensor:
+    """Mean 0, standard deviation 1; a single advantage stays as it is, since less its mean it would be 0."""
+    if advantages.numel() == 1:
+        return advantages
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
+def loss(params: dict, agent: Agent, batch: dict, coefs: dict, args: Args):
+    """The objective above, negated, over a minibatch [M, ...]: a scalar, and METRICS as a vector without gradient."""
+    logits, mean, log_std, values = torch.func.functional_call(agent, params, (batch["obs"],))
+    mask = agent.parameter_mask
+    logprobs = hybrid_logprobs(batch["actions"], logits, mean, log_std, mask, args.parameters)
+    logratios = logprobs - batch["logprobs"]  # [M, 2]
+    advantages = normalize_advantages(batch["advantages"]) if args.norm_adv else batch["advantages"]
+    clipped = [logratios.sum(-1)] if args.loss == "joint" else logratios.unbind(-1)
+    pg_loss = sum(policy_loss(logratio, advantages, args.clip_coef, args.clip_space) for logratio in clipped)
+    v_loss = value_loss(values, batch["values"], batch["returns"], args.clip_coef if args.clip_vloss else 0)
+    entropy = hybrid_entropy(logits, log_std, mask, args.parameters).mean()
+    # KL[pi_old || pi] by the estimator with low variance, http://joschu.net/blog/kl-approx.html
+    logratio = torch.cat([logratios.sum(-1, keepdim=True), logratios], -1)  # of both heads together, and of each
+    approx_kl = (logratio.exp() - 1 - logratio).mean(0)
+    distance = (logratios.exp() - 1 if args.clip_space == "ratio" else logratios).abs()
+    clipfrac = (distance > args.clip_coef).float().mean(0) * (args.clip_coef > 0)
+    total = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+    return total, torch.cat([torch.stack([pg_loss, v_loss, entropy]), approx_kl, clipfrac]).detach()
+
+
+# ======================================================================================================
+# Update
+#
+# The networks are so small that PyTorch's dispatch, not arithmetic, takes the time. So gradient, clipping
+# and Adam are one function of plain tensors that torch.compile turns into one graph; the parameters are a
+# single vector, theta, so that clipping and Adam are a few operations. --no-compile runs the same code.
+# ======================================================================================================
+
+
+def flatten(tensors: dict) -> torch.Tensor:
+    """{name: tensor} -> one vector, in the dict's order."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+
+
+def unflatten(theta: torch.Tensor, agent: Agent) -> dict:
+    """The inverse of flatten, for the agent's trainable parameters."""
+    params = {name: p for name, p in agent.named_parameters() if p.requires_grad}
+    parts = theta.split([p.numel() for p in params.values()])
+    return {name: part.view(p.shape) for (name, p), part in zip(params.items(), parts)}
+
+
+def init_optimizer(agent: Agent) -> dict:
+    """theta, and Adam's moments and step count (float64: 1 - 0.999^t is small at first)."""
+    theta = flatten({name: p.detach() for name, p in agent.named_parameters() if p.requires_grad})
+    step = torch.zeros((), dtype=torch.float64, device=theta.device)
+    return {"theta": theta, "exp_avg": torch.zeros_like(theta), "exp_avg_sq": torch.zeros_like(theta), "step": step}
+
+
+def clip_grad_norm(grad: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """As torch.nn.utils.clip_grad_norm_."""
+    return grad * (max_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
+
+
+def adam(optimizer: dict, grad: torch.Tensor, learning_rate, beta1=0.9, beta2=0.999, eps=1e-5) -> dict:
+    """One step of torch.optim.Adam (Kingma and Ba 2015); eps as in the 37 details."""
+    step = optimizer["step"] + 1
+    exp_avg = beta1 * optimizer["exp_avg"] + (1 - beta1) * grad
+    exp_avg_sq = beta2 * optimizer["exp_avg_sq"] + (1 - beta2) * grad**2
+    step_size = (learning_rate / (1 - beta1**step)).float()
+    denominator = exp_avg_sq.sqrt() / (1 - beta2**step).sqrt().float() + eps
+    theta = optimizer["theta"] - step_size * exp_avg / denominator
+    return {"theta": theta, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
+
+
+def update_step(optimizer: dict, batch: dict, indices: torch.Tensor, coefs: dict, agent: Agent, args: Args):
+    """One gradient step for each row of indices [K, M] into the batch. Returns the new optimizer and mean METRICS."""
+    metrics = []
+    for rows in indices.unbind(0):
+        minibatch = {name: tensor[rows] for name, tensor in batch.items()}
+        gradient = torch.func.grad_and_value(loss, has_aux=True)
+        grads, (_, values) = gradient(unflatten(optimizer["theta"], agent), agent, minibatch, coefs, args)
+        optimizer = adam(optimizer, clip_grad_norm(flatten(grads), args.max_grad_norm), coefs["learning_rate"])
+        metrics.append(values)
+    return optimizer, torch.stack(metrics).mean(0)
+
+
+def minibatches_per_call(args: Args) -> int:
+    """Two steps a call halve what entering the graph costs; more would take longer to compile than they save."""
+    return 2 if args.num_minibatches % 2 == 0 else 1
+
+
+def compile_update(agent: Agent, optimizer: dict, coefs: dict, batch: dict, args: Args):
+    """update_step bound to agent and args, and compiled, by running it once on `batch`. Where that fails, for want of a
+    C++ compiler say, one line tells why and the plain function is returned."""
+    step = functools.partial(update_step, agent=agent, args=args)
+    if not args.compile:
+        return step
+    cuda = optimizer["theta"].is_cuda
+    if cuda:
+        options = {"triton.cudagraphs": True}
+    else:  # a C++ wrapper has the least overhead; without the header (4 s) and the probes (6 s) a cold start takes half
+        options = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True}
+    options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # the agent does not change shape
+    graph = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+
+    def compiled(optimizer, batch, indices, coefs):
+        if not cuda:
+            return graph(optimizer, batch, indices, coefs)
+        torch.compiler.cudagraph_mark_step_begin()
+        optimizer, metrics = graph(optimizer, batch, indices, coefs)
+        optimizer = {name: tensor.clone() for name, tensor in optimizer.items()}  # the next replay overwrites it
+        return optimizer, metrics.clone()
+
+    gc.disable()  # the compiler's many small objects cost the collector 2 s
+    try:
+        indices = torch.arange(len(batch["obs"])).view(args.num_minibatches, -1)[: minibatches_per_call(args)]
+        compiled(optimizer, batch, indices.to(optimizer["theta"].device), coefs)
+    except Exception as error:  # a mistake in the loss will show again, with its traceback, in the plain function
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
+        tqdm.write(f"notice: the update runs uncompiled, several times slower ({reason})", file=sys.stderr)
+        return step
+    finally:
+        gc.enable()
+    return compiled
+
+
+def update(step, optimizer: dict, batch: dict, coefs: dict, args: Args):
+    """The epochs of one iteration, each a new random cut of the batch into minibatches. Returns the new optimizer and
+    {metric: mean over all minibatches}."""
+    metrics = []
+    for _ in range(args.update_epochs):
+        order = torch.randperm(len(batch["obs"])).view(args.num_minibatches, -1).to(optimizer["theta"].device)
+        for indices in order.split(minibatches_per_call(args)):
+            optimizer, values = step(optimizer, batch, indices, coefs)
+            metrics.append(values)
+        if args.target_kl is not None:
+            epoch = torch.stack(metrics[-args.num_minibatches // minibatches_per_call(args) :]).mean(0)
+            if epoch[METRICS.index("approx_kl")] > args.target_kl:
+                break
+    return optimizer, dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
+
+
+@torch.no_grad()
+def write_parameters(theta: torch.Tensor, agent: Agent):
+    for name, value in unflatten(theta, agent).items():
+        agent.get_parameter(name).copy_(value)
+
+
+# ======================================================================================================
+# Checkpoint
+#
+# checkpoint.pt holds all that the rest of the run depends on, and how long each log was when it was
+# written. To resume is to load it and to cut the logs to those lengths, so that the run continues as if it
+# had not stopped: to the bit on the CPU, for environments whose state can be captured.
+# ======================================================================================================
+
+
+def replace_file(path: Path, content: bytes):
+    """Write a file so that at any moment either the old or the new one is there, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def torch_bytes(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def torch_load(path: Path, flag: str, key: str) -> dict:
+    """A dict that torch.save wrote, on the CPU; no code in it is run. Exits with 2 if it is damaged or has no `key`."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved[key]
+        return saved
+    except FileNotFoundError:
+        fail(f"--{flag} {path.parent}: has no {path.name}")
+    except Exception as error:
+        fail(f"--{flag} {path.parent}: {path} is corrupt, truncated or no checkpoint ({type(error).__name__})")
+
+
+def saved_args(flag: str, folder: str) -> Args:
+    """The settings in a run's folder; exits with 2 if it is none."""
+    try:
+        return Args(**json.loads((Path(folder) / "config.json").read_text())["args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"--{flag} {folder}: not the folder of a {Path(__file__).stem} run, config.json cannot be read ({error})")
+
+
+def rng_state() -> dict:
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    numpy_state = [name, torch.from_numpy(keys.astype(np.int64)), *rest]
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy_state, "python": random.getstate()}
+
+
+def load_rng_state(state: dict):
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+
+
+def save_run(run_dir: Path, agent: Agent, optimizer, coefs, reward_rms, running, envs, progress: dict, logs: dict):
+    """Write model.pt, what --eval needs, and checkpoint.pt, what --resume needs."""
+    model = {name: tensor.cpu() for name, tensor in agent.state_dict().items()}
+    checkpoint = {
+        "agent": model,
+        "optimizer": {name: tensor.cpu() for name, tensor in optimizer.items()},
+        "coefs": {name: tensor.cpu() for name, tensor in coefs.items()},
+        "reward_rms": reward_rms.state_dict(),
+        "running": {name: torch.from_numpy(array) for name, array in running.items()},
+        "envs": envs.state(),
+        "rng": rng_state(),
+        "progress": progress,
+        "logs": logs,
+    }
+    replace_file(run_dir / "model.pt", torch_bytes(model))
+    replace_file(run_dir / "checkpoint.pt", torch_bytes(checkpoint))
+
+
+def create_run(args: Args, device: torch.device, *state) -> Path:
+    """A new run folder that holds config.json and a first checkpoint from the moment it appears."""
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.runs_dir) / name
+    while run_dir.exists():  # the same run started twice within a second
+        run_dir = run_dir.with_name(run_dir.name + "_")
+    commit = None
+    with contextlib.suppress(OSError):
+        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    packages = filter(importlib.util.find_spec, ["torch", "gymnasium", "mujoco", "numpy", "envpool"])
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    config = {
+        "args": dataclasses.asdict(args),
+        "command": sys.argv,
+        "versions": {"python": platform.python_version(), **versions},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "git_commit": commit,
+    }
+    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        replace_file(temporary / "config.json", json.dumps(config, indent=2).encode())
+        save_run(temporary, *state, logs={})
+        temporary.rename(run_dir)
+    except OSError as error:
+        fail(f"--runs-dir {args.runs_dir}: cannot be written: {error}")
+    return run_dir
+
+
+def open_logs(run_dir: Path, sizes: dict):
+    """episodes.csv and a TensorBoard writer, after cutting what earlier starts of the run logged to `sizes`."""
+    for name, size in sizes.items():
+        if not (run_dir / name).exists() or (run_dir / name).stat().st_size < size:
+            fail(f"--resume {run_dir}: {name} is missing, or shorter than it was at the checkpoint")
+    for path in [run_dir / "episodes.csv", *run_dir.glob("events.out.tfevents.*")]:
+        if path.name in sizes:
+            os.truncate(path, sizes[path.name])
+        else:
+            path.unlink(missing_ok=True)
+    episodes = open(run_dir / "episodes.csv", "a")
+    if episodes.tell() == 0:
+        episodes.write("global_step,return,length\n")
+    return episodes, SummaryWriter(str(run_dir))
+
+
+def log_sizes(run_dir: Path, episodes, writer: SummaryWriter) -> dict:
+    """{file name: bytes} of the logs, all of it handed to the system."""
+    episodes.flush()
+    os.fsync(episodes.fileno())
+    writer.flush()
+    paths = [run_dir / "episodes.csv", *run_dir.glob("events.out.tfevents.*")]
+    return {path.name: path.stat().st_size for path in paths}
+
+
+# ======================================================================================================
+# main
+# ======================================================================================================
+
+
+def choose_renderer(env_id: str):
+    """Render one frame, in a process of its own since MuJoCo binds to one renderer for good; without a display set
+    MUJOCO_GL to egl or osmesa, whichever works. Exits with 2 where nothing does."""
+    names = [os.environ.get("MUJOCO_GL")] if {"MUJOCO_GL", "DISPLAY"} & os.environ.keys() else ["egl", "osmesa"]
+    frame = "import sys, gymnasium as gym; env = gym.make(sys.argv[1], render_mode='rgb_array')"
+    frame += "; env.reset(); assert env.render().ndim == 3"
+    for name in names:
+        environ = os.environ | ({"MUJOCO_GL": name} if name else {})
+        tried = subprocess.run([sys.executable, "-c", frame, env_id], env=environ, capture_output=True, text=True)
+        if tried.returncode == 0:
+            os.environ.update(environ)
+            return
+    how = f"MUJOCO_GL={' or '.join(names)}" if names[0] else "this display"
+    reason = (tried.stderr.strip().splitlines() or ["no frame"])[-1]
+    fail(f"--capture-video: {env_id} cannot be rendered with {how} ({reason}); Debian has libegl1 and libosmesa6")
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Within, Ctrl-C and SIGTERM only leave a note; yields the function that tells whether there is one."""
+    notes = []
+    before = {number: signal.signal(number, lambda *_: notes.append(_)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(notes)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def start_tracking(args: Args, run_dir: Path):
+    """Mirror the TensorBoard metrics to Weights & Biases; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE as usual."""
+    import wandb
+
+    settings = {"config": dataclasses.asdict(args), "dir": str(run_dir), "sync_tensorboard": True, "resume": "allow"}
+    wandb.init(id=run_dir.name, name=run_dir.name, **settings)
+
+
+def evaluate(agent: Agent, args: Args, run_dir: Path, stop=lambda: False) -> list[float]:
+    """Undiscounted returns of episodes with the mean action, on gymnasium, all statistics frozen."""
+    env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
+    if args.capture_video:
+        folder = str(run_dir / "videos" / str(int(time.time())))
+        env = gym.wrappers.RecordVideo(env, folder, episode_trigger=lambda _: True, disable_logger=True)
+    device, noise = agent.obs_rms.shift.device, torch.zeros_like(draw_noise(agent, 1))
+    returns = []
+    for episode in range(args.eval_episodes):
+        obs, done, total = env.reset(seed=args.seed + args.num_envs + episode)[0], False, 0.0
+        while not done and not stop():
+            obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+            action = act(agent, obs[None], noise.to(device))[0].cpu().numpy()
+            action = np.clip(action, env.action_space.low, env.action_space.high)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            done, total = terminated or truncated, total + float(reward)
+        returns.append(total)
+    env.close()
+    if stop():
+        return []
+    print(f"evaluation: {len(returns)} greedy episodes, return {np.mean(returns):.1f} +- {np.std(returns):.1f}")
+    print("  " + " ".join(f"{value:.1f}" for value in returns))
+    if args.capture_video:
+        print(f"  videos in {folder}")
+    return returns
+
+
+def main(args: Args):
+    check_args(args)
+    torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if args.resume and (Path(args.resume) / "result.json").exists():
+        print(f"{args.resume} is finished: there is nothing to resume")
+        return
+    env = make_env(args)
+    if args.capture_video:
+        choose_renderer(args.env_id)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    agent = Agent(env, args).to(device)
+    if args.eval:
+        agent.load_state_dict(torch_load(Path(args.eval) / "model.pt", "eval", "obs_rms.mean"))
+        evaluate(agent, args, Path(args.eval))
+        return
+    with catch_signals() as stop_requested:
+        run_dir, result = train(args, agent, env, device, stop_requested)
+        if not stop_requested():
+            result["eval_returns"] = evaluate(agent, args, run_dir, stop_requested)
+        if stop_requested():
+            print(f"interrupted; continue with: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}")
+            raise SystemExit(130)
+    replace_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
+    print(f"wrote {run_dir}")
+
+
+def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_requested):
+    """Start or resume a run, until its end or until stop_requested(). Returns its folder and what came of it."""
+    checkpoint = torch_load(Path(args.resume) / "checkpoint.pt", "resume", "progress") if args.resume else None
+    progress = checkpoint["progress"] if checkpoint else {"iteration": 0, "global_step": 0, "seconds": 0.0}
+    seed = (args.seed + progress["global_step"]) % 2**31
+    envs = make_envs(args, seed)
+    running = start_episodes(envs, args.num_envs, seed)
+    optimizer, reward_rms = init_optimizer(agent), RunningMeanStd()
+    coefs = {"learning_rate": torch.tensor(args.learning_rate, device=device)}
+    if checkpoint:
+        run_dir = Path(args.resume)
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer = {name: tensor.to(device) for name, tensor in checkpoint["optimizer"].items()}
+        coefs = {name: tensor.to(device) for name, tensor in checkpoint["coefs"].items()}
+        reward_rms.load_state_dict(checkpoint["reward_rms"])
+        if checkpoint["envs"] is not None:
+            envs.load_state(checkpoint["envs"])
+            running = {name: tensor.numpy() for name, tensor in checkpoint["running"].items()}
+        else:
+            print("notice: the state of these environments cannot be captured; their running episodes start again")
+        load_rng_state(checkpoint["rng"])
+    else:
+        run_dir = create_run(args, device, agent, optimizer, coefs, reward_rms, running, envs, progress)
+    if args.track:
+        start_tracking(args, run_dir)
+    episodes_csv, writer = open_logs(run_dir, checkpoint["logs"] if checkpoint else {})
+
+    if progress["iteration"] == 0:
+        writer.add_text("args", "\n".join(f"    {name}: {value}" for name, value in dataclasses.asdict(args).items()))
+
+    batch_size = args.num_envs * args.num_steps
+    iterations = args.total_timesteps // batch_size
+    total = iterations * batch_size
+    shape = f"{iterations} x {args.num_envs} x {args.num_steps}"
+    print(f"{run_dir}: {total:,} steps, {shape}, {type(envs).__name__}, {device}", flush=True)
+    step_fn, last_return, compile_seconds, started = None, math.nan, 0.0, time.perf_counter()
+    seconds_before = progress["seconds"]
+    bar_format = "{percentage:3.0f}% |{bar:20}| {n:,}/{total:,} steps, {desc}, ETA {remaining}"
+    every = 0.2 if sys.stderr.isatty() else 10  # seconds
+    bar = tqdm(None, "first rollout", total, initial=progress["global_step"], bar_format=bar_format, mininterval=every)
+    try:
+        for iteration in range(progress["iteration"] + 1, iterations + 1):
+            if args.anneal_lr:
+                coefs["learning_rate"].fill_(args.learning_rate * (1 - (iteration - 1) / iterations))
+            rows, episodes = rollout(envs, agent, running, env.action_space, args, progress["global_step"])
+            if iteration == 1:  # without statistics the first update would learn on inputs of another scale
+                agent.obs_rms.update(rows["obs"])
+            batch, explained_variance = make_batch(rows, agent, running, reward_rms, args)
+            if step_fn is None:
+                bar.set_description_str("compiling the update" if args.compile else "first update")
+                compile_started = time.perf_counter()
+                step_fn = compile_update(agent, optimizer, coefs, batch, args)
+                compile_seconds = time.perf_counter() - compile_started
+            optimizer, metrics = update(step_fn, optimizer, batch, coefs, args)
+            global_step = progress["global_step"] + batch_size
+            write_parameters(optimizer["theta"], agent)
+            check_finite({**metrics, "parameter": optimizer["theta"].cpu().numpy()}, global_step)
+            if iteration > 1:
+                agent.obs_rms.update(rows["obs"])
+
+            seconds = seconds_before + time.perf_counter() - started - compile_seconds
+            progress = {"iteration": iteration, "global_step": global_step, "seconds": seconds}
+            for step, episodic_return, length in episodes:
+                episodes_csv.write(f"{step},{episodic_return!r},{length}\n")
+                writer.add_scalar("charts/episodic_return", episodic_return, step)
+                writer.add_scalar("charts/episodic_length", length, step)
+                last_return = episodic_return
+            sps = int(global_step / seconds)
+            writer.add_scalar("charts/learning_rate", coefs["learning_rate"].item(), global_step)
+            writer.add_scalar("charts/SPS", sps, global_step)
+            for name, value in {**metrics, "explained_variance": explained_variance}.items():
+                writer.add_scalar(f"losses/{name}", value, global_step)
+            last = "no episode yet" if math.isnan(last_return) else f"last return {last_return:.1f}"
+            bar.set_description_str(f"{sps:,} SPS, {last}", refresh=False)
+            bar.update(batch_size)
+            if iteration % args.checkpoint_every == 0 or iteration == iterations or stop_requested():
+                logs = log_sizes(run_dir, episodes_csv, writer)
+                save_run(run_dir, agent, optimizer, coefs, reward_rms, running, envs, progress, logs)
+            if stop_requested():
+                break
+        error = None
+    except FloatingPointError as raised:
+        error = f"{raised}; the last good checkpoint is {run_dir / 'checkpoint.pt'}"
+    finally:
+        bar.close()
+        episodes_csv.close()
+        writer.close()
+    if error:
+        fail(error, status=1)
+    sps = int(progress["global_step"] / progress["seconds"])
+    return run_dir, {**progress, "sps": sps, "compile_seconds": compile_seconds}
+
+
+if __name__ == "__main__":
+    main(parse_args(sys.argv[1:]))
