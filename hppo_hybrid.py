@@ -193,7 +193,7 @@ def help_page() -> str:
         elif kind.startswith("Literal"):
             invocation = f"{flag(name)} {{{','.join(Args.__annotations__[name].__args__)}}}"
         else:
-            invocation = f"{flag(name)} {kind.removesuffix(' | None').upper()}"
+            invocation = f"{flag(name)} {kind.removesuffix(' | None').replace('tuple[int, ...]', 'int ...').upper()}"
         lines.append(f"  {invocation:<37} {text} [{default}]")
     return "\n".join(lines)
 
@@ -406,9 +406,6 @@ def make_env(args: Args, **kwargs) -> gym.Env:
     """One environment as HybridActions, else exit 2."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date")  # the v4 ids are meant
-        if args.env_id == "Platform-v0":
-            with contextlib.suppress(ImportError):
-                import hybrid_platform  # noqa: F401  registers it
         try:
             env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
         except gym.error.UnregisteredEnv as error:
@@ -549,7 +546,7 @@ class PlaneVectorEnv(gym.vector.VectorEnv):
 
     Actions (k int [N], x [N, P]); observations float32 [N, O]. Environment i draws its starts from a generator of its
     own, seeded with seed + i. Autoreset as gymnasium's default, in the next step, or AutoresetMode.DISABLED, where
-    reset(options={"reset_mask": bool [N]}) starts new episodes. info["success"] is bool [N].
+    reset(options={"reset_mask": bool [N]}) starts new episodes. info["is_success"] is bool [N].
     """
 
     STARTS: int  # numbers in [0, 1) that a start is made of
@@ -613,7 +610,7 @@ class PlaneVectorEnv(gym.vector.VectorEnv):
             self.restart(waited)
             rewards, terminated, success = rewards * ~waited, terminated & ~waited, success & ~waited
         self.over = terminated.copy()
-        return self.observe(), rewards, terminated, np.zeros(self.num_envs, dtype=bool), {"success": success}
+        return self.observe(), rewards, terminated, np.zeros(self.num_envs, dtype=bool), {"is_success": success}
 
     def state(self) -> dict:
         arrays = {name: torch.from_numpy(array.copy()) for name, array in {**self.arrays, "over": self.over}.items()}
@@ -799,7 +796,7 @@ class PlaneEnv(gym.Env):
     def step(self, action):
         arrays = np.array([action[0]]), np.asarray(action[1])[None]
         obs, rewards, terminated, truncated, info = self.world.step(arrays)
-        return obs[0], float(rewards[0]), bool(terminated[0]), False, {"success": bool(info["success"][0])}
+        return obs[0], float(rewards[0]), bool(terminated[0]), False, {"is_success": bool(info["is_success"][0])}
 
     def render(self) -> np.ndarray:
         return self.world.render()[0]
@@ -1034,7 +1031,7 @@ def make_batch(rows: dict, agent: Agent, running: dict, reward_rms: RunningMeanS
     batch = {
         "obs": obs,
         "actions": actions,
-        "logprobs": hybrid_logprobs(actions, logits, mean, log_std, agent.parameter_mask, args.parameters),
+        "logprobs": hybrid_logprobs(agent, actions, logits, mean, log_std, args),
         "advantages": torch.from_numpy(advantages).to(device),
         "returns": torch.from_numpy(returns).to(device),
         "values": values,
@@ -1046,8 +1043,7 @@ def make_batch(rows: dict, agent: Agent, running: dict, reward_rms: RunningMeanS
 # Loss
 # ======================================================================================================
 
-METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "kl_choice", "kl_parameters")
-METRICS += ("clipfrac_choice", "clipfrac_parameters")
+METRICS = "policy_loss value_loss entropy approx_kl kl_choice kl_parameters clipfrac_choice clipfrac_parameters".split()
 
 
 def gaussian_logprob(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
@@ -1060,18 +1056,18 @@ def gaussian_entropy(log_std: torch.Tensor) -> torch.Tensor:
     return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
-def hybrid_logprobs(actions, logits, mean, log_std, mask: torch.Tensor, parameters: str) -> torch.Tensor:
-    """log pi(k|s) and log pi(x|s) of actions [..., 1 + P], as [..., 2]; of x what k uses, by mask [K, P], or all."""
+def hybrid_logprobs(agent: Agent, actions, logits, mean, log_std, args: Args) -> torch.Tensor:
+    """log pi(k|s) and log pi(x|s) of actions [..., 1 + P], as [..., 2]; of x what k uses, or all."""
     k, x = actions[..., :1].long(), actions[..., 1:]
     each = gaussian_logprob(x.unsqueeze(-1), mean.unsqueeze(-1), log_std.unsqueeze(-1))
-    used = mask[k.squeeze(-1)] if parameters == "chosen" else torch.ones_like(x)
+    used = agent.parameter_mask[k.squeeze(-1)] if args.parameters == "chosen" else torch.ones_like(x)
     return torch.cat([logits.log_softmax(-1).gather(-1, k), (each * used).sum(-1, keepdim=True)], -1)
 
 
-def hybrid_entropy(logits, log_std, mask: torch.Tensor, parameters: str) -> torch.Tensor:
+def hybrid_entropy(agent: Agent, logits, log_std, args: Args) -> torch.Tensor:
     """Entropy of the choice plus that of the parameters, weighted by the probability of the choices that use them."""
     probabilities = logits.softmax(-1)
-    used = probabilities @ mask if parameters == "chosen" else torch.ones_like(log_std)
+    used = probabilities @ agent.parameter_mask if args.parameters == "chosen" else torch.ones_like(log_std)
     choice = -(probabilities * logits.log_softmax(-1)).sum(-1)
     return choice + (used * gaussian_entropy(log_std.unsqueeze(-1))).sum(-1)
 
@@ -1105,14 +1101,12 @@ def normalize_advantages(advantages: torch.Tensor) -> torch.Tensor:
 def loss(params: dict, agent: Agent, batch: dict, coefs: dict, args: Args):
     """The objective above, negated, over a minibatch [M, ...]: a scalar, and METRICS as a vector without gradient."""
     logits, mean, log_std, values = torch.func.functional_call(agent, params, (batch["obs"],))
-    mask = agent.parameter_mask
-    logprobs = hybrid_logprobs(batch["actions"], logits, mean, log_std, mask, args.parameters)
-    logratios = logprobs - batch["logprobs"]  # [M, 2]
+    logratios = hybrid_logprobs(agent, batch["actions"], logits, mean, log_std, args) - batch["logprobs"]  # [M, 2]
     advantages = normalize_advantages(batch["advantages"]) if args.norm_adv else batch["advantages"]
     clipped = [logratios.sum(-1)] if args.loss == "joint" else logratios.unbind(-1)
     pg_loss = sum(policy_loss(logratio, advantages, args.clip_coef, args.clip_space) for logratio in clipped)
     v_loss = value_loss(values, batch["values"], batch["returns"], args.clip_coef if args.clip_vloss else 0)
-    entropy = hybrid_entropy(logits, log_std, mask, args.parameters).mean()
+    entropy = hybrid_entropy(agent, logits, log_std, args).mean()
     # KL[pi_old || pi] by the estimator with low variance, http://joschu.net/blog/kl-approx.html
     logratio = torch.cat([logratios.sum(-1, keepdim=True), logratios], -1)  # of both heads together, and of each
     approx_kl = (logratio.exp() - 1 - logratio).mean(0)
@@ -1379,21 +1373,23 @@ def log_sizes(run_dir: Path, episodes, writer: SummaryWriter) -> dict:
 # ======================================================================================================
 
 
-def choose_renderer(env_id: str):
+def choose_renderer(args: Args):
     """Render one frame, in a process of its own since MuJoCo binds to one renderer for good; without a display set
     MUJOCO_GL to egl or osmesa, whichever works. Exits with 2 where nothing does."""
     names = [os.environ.get("MUJOCO_GL")] if {"MUJOCO_GL", "DISPLAY"} & os.environ.keys() else ["egl", "osmesa"]
-    frame = "import sys, gymnasium as gym; env = gym.make(sys.argv[1], render_mode='rgb_array')"
+    frame = "import json, runpy, sys; script = runpy.run_path(sys.argv[1]); args = json.loads(sys.argv[2])"
+    frame += "; env = script['make_env'](script['Args'](**args), render_mode='rgb_array')"
     frame += "; env.reset(); assert env.render().ndim == 3"
+    command = [sys.executable, "-c", frame, __file__, json.dumps(dataclasses.asdict(args))]
     for name in names:
         environ = os.environ | ({"MUJOCO_GL": name} if name else {})
-        tried = subprocess.run([sys.executable, "-c", frame, env_id], env=environ, capture_output=True, text=True)
+        tried = subprocess.run(command, env=environ, capture_output=True, text=True)
         if tried.returncode == 0:
             os.environ.update(environ)
             return
     how = f"MUJOCO_GL={' or '.join(names)}" if names[0] else "this display"
     reason = (tried.stderr.strip().splitlines() or ["no frame"])[-1]
-    fail(f"--capture-video: {env_id} cannot be rendered with {how} ({reason}); Debian has libegl1 and libosmesa6")
+    fail(f"--capture-video: {args.env_id} cannot be rendered with {how} ({reason}); Debian has libegl1 and libosmesa6")
 
 
 @contextlib.contextmanager
@@ -1416,31 +1412,37 @@ def start_tracking(args: Args, run_dir: Path):
     wandb.init(id=run_dir.name, name=run_dir.name, **settings)
 
 
-def evaluate(agent: Agent, args: Args, run_dir: Path, stop=lambda: False) -> list[float]:
-    """Undiscounted returns of episodes with the mean action, on gymnasium, all statistics frozen."""
+def evaluate(agent: Agent, args: Args, run_dir: Path, stop=lambda: False) -> dict:
+    """Undiscounted returns of episodes with the mean action, on gymnasium, all statistics frozen; the rate of success too
+    where the info tells is_success."""
     env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     if args.capture_video:
         folder = str(run_dir / "videos" / str(int(time.time())))
         env = gym.wrappers.RecordVideo(env, folder, episode_trigger=lambda _: True, disable_logger=True)
     device, noise = agent.obs_rms.shift.device, torch.zeros_like(draw_noise(agent, 1))
-    returns = []
+    returns, successes = [], []
     for episode in range(args.eval_episodes):
         obs, done, total = env.reset(seed=args.seed + args.num_envs + episode)[0], False, 0.0
         while not done and not stop():
             obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
             action = act(agent, obs[None], noise.to(device))[0].cpu().numpy()
             action = np.clip(action, env.action_space.low, env.action_space.high)
-            obs, reward, terminated, truncated, _ = env.step(action)
+            obs, reward, terminated, truncated, info = env.step(action)
             done, total = terminated or truncated, total + float(reward)
         returns.append(total)
+        successes += [bool(info["is_success"])] if "is_success" in info else []
     env.close()
     if stop():
-        return []
-    print(f"evaluation: {len(returns)} greedy episodes, return {np.mean(returns):.1f} +- {np.std(returns):.1f}")
+        return {}
+    result = {"eval_returns": returns, **({"eval_success": float(np.mean(successes))} if successes else {})}
+    success = f", success {result['eval_success']:.1%}" if successes else ""
+    print(
+        f"evaluation: {len(returns)} greedy episodes, return {np.mean(returns):.1f} +- {np.std(returns):.1f}{success}"
+    )
     print("  " + " ".join(f"{value:.1f}" for value in returns))
     if args.capture_video:
         print(f"  videos in {folder}")
-    return returns
+    return result
 
 
 def main(args: Args):
@@ -1452,7 +1454,7 @@ def main(args: Args):
         return
     env = make_env(args)
     if args.capture_video:
-        choose_renderer(args.env_id)
+        choose_renderer(args)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -1464,7 +1466,7 @@ def main(args: Args):
     with catch_signals() as stop_requested:
         run_dir, result = train(args, agent, env, device, stop_requested)
         if not stop_requested():
-            result["eval_returns"] = evaluate(agent, args, run_dir, stop_requested)
+            result |= evaluate(agent, args, run_dir, stop_requested)
         if stop_requested():
             print(f"interrupted; continue with: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}")
             raise SystemExit(130)

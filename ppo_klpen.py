@@ -485,8 +485,8 @@ def check_finite(values: dict, global_step: int):
 
 @torch.inference_mode()
 def act(agent: Agent, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """mean + sigma * noise for raw obs [N, O] and draw_noise [N, A]. Left uncompiled: at this size a compiled call saves
-    nothing."""
+    """mean + sigma * noise for raw obs [N, O] and draw_noise [N, A]. Left uncompiled: at this size a compiled call
+    saves nothing."""
     mean, log_std = agent.policy(agent.normalize(obs))
     return torch.addcmul(mean, log_std.exp(), noise)
 
@@ -920,21 +920,23 @@ def log_sizes(run_dir: Path, episodes, writer: SummaryWriter) -> dict:
 # ======================================================================================================
 
 
-def choose_renderer(env_id: str):
+def choose_renderer(args: Args):
     """Render one frame, in a process of its own since MuJoCo binds to one renderer for good; without a display set
     MUJOCO_GL to egl or osmesa, whichever works. Exits with 2 where nothing does."""
     names = [os.environ.get("MUJOCO_GL")] if {"MUJOCO_GL", "DISPLAY"} & os.environ.keys() else ["egl", "osmesa"]
-    frame = "import sys, gymnasium as gym; env = gym.make(sys.argv[1], render_mode='rgb_array')"
+    frame = "import json, runpy, sys; script = runpy.run_path(sys.argv[1]); args = json.loads(sys.argv[2])"
+    frame += "; env = script['make_env'](script['Args'](**args), render_mode='rgb_array')"
     frame += "; env.reset(); assert env.render().ndim == 3"
+    command = [sys.executable, "-c", frame, __file__, json.dumps(dataclasses.asdict(args))]
     for name in names:
         environ = os.environ | ({"MUJOCO_GL": name} if name else {})
-        tried = subprocess.run([sys.executable, "-c", frame, env_id], env=environ, capture_output=True, text=True)
+        tried = subprocess.run(command, env=environ, capture_output=True, text=True)
         if tried.returncode == 0:
             os.environ.update(environ)
             return
     how = f"MUJOCO_GL={' or '.join(names)}" if names[0] else "this display"
     reason = (tried.stderr.strip().splitlines() or ["no frame"])[-1]
-    fail(f"--capture-video: {env_id} cannot be rendered with {how} ({reason}); Debian has libegl1 and libosmesa6")
+    fail(f"--capture-video: {args.env_id} cannot be rendered with {how} ({reason}); Debian has libegl1 and libosmesa6")
 
 
 @contextlib.contextmanager
@@ -957,31 +959,37 @@ def start_tracking(args: Args, run_dir: Path):
     wandb.init(id=run_dir.name, name=run_dir.name, **settings)
 
 
-def evaluate(agent: Agent, args: Args, run_dir: Path, stop=lambda: False) -> list[float]:
-    """Undiscounted returns of episodes with the mean action, on gymnasium, all statistics frozen."""
+def evaluate(agent: Agent, args: Args, run_dir: Path, stop=lambda: False) -> dict:
+    """Undiscounted returns of episodes with the mean action, on gymnasium, all statistics frozen; the rate of success too
+    where the info tells is_success."""
     env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     if args.capture_video:
         folder = str(run_dir / "videos" / str(int(time.time())))
         env = gym.wrappers.RecordVideo(env, folder, episode_trigger=lambda _: True, disable_logger=True)
     device, noise = agent.obs_rms.shift.device, torch.zeros_like(draw_noise(agent, 1))
-    returns = []
+    returns, successes = [], []
     for episode in range(args.eval_episodes):
         obs, done, total = env.reset(seed=args.seed + args.num_envs + episode)[0], False, 0.0
         while not done and not stop():
             obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
             action = act(agent, obs[None], noise.to(device))[0].cpu().numpy()
             action = np.clip(action, env.action_space.low, env.action_space.high)
-            obs, reward, terminated, truncated, _ = env.step(action)
+            obs, reward, terminated, truncated, info = env.step(action)
             done, total = terminated or truncated, total + float(reward)
         returns.append(total)
+        successes += [bool(info["is_success"])] if "is_success" in info else []
     env.close()
     if stop():
-        return []
-    print(f"evaluation: {len(returns)} greedy episodes, return {np.mean(returns):.1f} +- {np.std(returns):.1f}")
+        return {}
+    result = {"eval_returns": returns, **({"eval_success": float(np.mean(successes))} if successes else {})}
+    success = f", success {result['eval_success']:.1%}" if successes else ""
+    print(
+        f"evaluation: {len(returns)} greedy episodes, return {np.mean(returns):.1f} +- {np.std(returns):.1f}{success}"
+    )
     print("  " + " ".join(f"{value:.1f}" for value in returns))
     if args.capture_video:
         print(f"  videos in {folder}")
-    return returns
+    return result
 
 
 def main(args: Args):
@@ -993,7 +1001,7 @@ def main(args: Args):
         return
     env = make_env(args)
     if args.capture_video:
-        choose_renderer(args.env_id)
+        choose_renderer(args)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -1005,7 +1013,7 @@ def main(args: Args):
     with catch_signals() as stop_requested:
         run_dir, result = train(args, agent, env, device, stop_requested)
         if not stop_requested():
-            result["eval_returns"] = evaluate(agent, args, run_dir, stop_requested)
+            result |= evaluate(agent, args, run_dir, stop_requested)
         if stop_requested():
             print(f"interrupted; continue with: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}")
             raise SystemExit(130)
