@@ -1413,8 +1413,8 @@ def start_tracking(args: Args, run_dir: Path):
 
 
 def evaluate(agent: Agent, args: Args, run_dir: Path, stop=lambda: False) -> dict:
-    """Undiscounted returns of episodes with the mean action, on gymnasium, all statistics frozen; the rate of success too
-    where the info tells is_success."""
+    """Undiscounted returns of episodes with the mean action, on gymnasium, all statistics frozen; the rate of success
+    too, where the info tells is_success."""
     env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     if args.capture_video:
         folder = str(run_dir / "videos" / str(int(time.time())))
