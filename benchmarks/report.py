@@ -42,7 +42,7 @@ BLUE, GREEN, ORANGE, RED, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#6
 @dataclass
 class Args:
     name: tyro.conf.Positional[str]
-    """one of the reports below: ppo_continuous, ppo_table1"""
+    """one of the reports below: ppo_continuous, ppo_table1, hppo"""
     runs: Path = HERE / "runs"
     """parent folder of the sweeps' runs"""
 
@@ -63,7 +63,8 @@ def read_run(folder: Path) -> tuple[dict, dict]:
     row = {
         **key,
         "score": f"{returns[-100:].mean():.2f}",
-        "eval_return": f"{np.mean(result['eval_returns']):.2f}",
+        "eval_return": f"{np.mean(result['eval_returns']):.3f}",
+        "eval_success": f"{result['eval_success']:.4f}" if "eval_success" in result else "",
         "steps": str(result["global_step"]),
         "seconds": f"{result['seconds']:.0f}",
         "sps": f"{result['global_step'] / result['seconds']:.0f}",
@@ -124,9 +125,9 @@ def ordered(values) -> list:
     return list(dict.fromkeys(values))
 
 
-def scores_of(rows: list[dict], setting: str, env_id: str) -> np.ndarray:
-    """The scores of a setting's seeds in an environment, [seeds]."""
-    return np.array([float(r["score"]) for r in rows if r["setting"] == setting and r["env_id"] == env_id])
+def values_of(rows: list[dict], setting: str, env_id: str, column: str = "score") -> np.ndarray:
+    """One number for each of a setting's seeds in an environment, [seeds]."""
+    return np.array([float(r[column]) for r in rows if r["setting"] == setting and r["env_id"] == env_id and r[column]])
 
 
 # --- Statistics ---------------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def ppo_continuous(rows: list[dict], curves: list[dict], figures: Path) -> str:
     curves_figure(curves, rows, {"ppo_continuous": BLUE}, figures / "ppo_continuous.png", CLEANRL)
     lines = ["| environment | seeds | score of each | mean ± std | CleanRL |", "|---|---|---|---|---|"]
     for env_id in ordered(r["env_id"] for r in rows):
-        scores = scores_of(rows, "ppo_continuous", env_id)
+        scores = values_of(rows, "ppo_continuous", env_id)
         peer, each = "{:.0f} ± {:.0f}".format(*CLEANRL[env_id]), ", ".join(f"{score:.0f}" for score in scores)
         lines.append(f"| {env_id} | {len(scores)} | {each} | {scores.mean():.0f} ± {scores.std():.0f} | {peer} |")
     return "\n".join([*lines, "", "![Learning curves](benchmarks/figures/ppo_continuous.png)"])
@@ -246,7 +247,7 @@ def ppo_table1(rows: list[dict], curves: list[dict], figures: Path) -> str:
     random = {r["env_id"]: float(r["mean"]) for r in read_csv(HERE / "results/random_policy.csv")}
     best = {e: max(float(r["score"]) for r in rows if r["env_id"] == e) for e in env_ids}
     normalised = {
-        s: [(scores_of(rows, s, e) - random[e]) / (best[e] - random[e]) for e in env_ids if scores_of(rows, s, e).size]
+        s: [(values_of(rows, s, e) - random[e]) / (best[e] - random[e]) for e in env_ids if values_of(rows, s, e).size]
         for s in settings
     }
     curves_figure(curves, rows, BEST_OF_KIND, figures / "ppo_table1_curves.png")
@@ -265,7 +266,7 @@ def ppo_table1(rows: list[dict], curves: list[dict], figures: Path) -> str:
     for setting in settings:
         cells = []
         for env_id in env_ids:
-            s = scores_of(rows, setting, env_id)
+            s = values_of(rows, setting, env_id)
             cells.append(
                 f"{s.mean():.{precision(best[env_id])}f} ± {s.std():.{precision(best[env_id])}f}" if s.size else "-"
             )
@@ -307,9 +308,59 @@ def scores_figure(normalised: dict, path: Path):
     save(fig, path)
 
 
+# --- hppo: discrete choices with continuous parameters ----------------------------------------------------------------
+
+# Success rates of H-PPO in percent: Fan et al. 2019 (Moving, Catching Point), HyAR (Li et al. 2022: Hard Move), whose
+# environments are not these. Platform: the return in HyAR.
+HPPO = {
+    "HybridMoving-v0": "90.5 ± 6.8",
+    "HybridCatchPoint-v0": "96.3 ± 4.8",
+    **{"HybridHardMove4-v0": "9", "HybridHardMove6-v0": "5", "HybridHardMove8-v0": "4", "HybridHardMove10-v0": "5"},
+    "gym_platform:Platform-v0": "return 0.80",
+}
+LOSSES = {"separate-chosen": BLUE, "separate-all": GREEN, "joint-chosen": ORANGE, "joint-all": RED}
+
+
+def hppo(rows: list[dict], curves: list[dict], figures: Path) -> str:
+    def cell(setting: str, env_id: str, column: str, scale: float, decimals: int) -> str:
+        values = scale * values_of(rows, setting, env_id, column)
+        if not values.size:
+            return "-"
+        low, high = interval([values], mean)
+        return f"{values.mean():.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+    main = [r for r in rows if r["setting"] == "separate-chosen"]
+    env_ids = sorted(ordered(r["env_id"] for r in main), key=natural)
+    lines = ["| environment | success, % | return | seeds | published H-PPO |", "|---|---|---|---|---|"]
+    for env_id in env_ids:
+        success = cell("separate-chosen", env_id, "eval_success", 100, 1)
+        score, seeds = (
+            cell("separate-chosen", env_id, "eval_return", 1, 3),
+            len(values_of(main, "separate-chosen", env_id)),
+        )
+        lines.append(f"| {env_id} | {success} | {score} | {seeds} | {HPPO.get(env_id, '-')} |")
+    compared = [e for e in env_ids if any(r["env_id"] == e and r["setting"] != "separate-chosen" for r in rows)]
+    header = " | ".join(f"{e}: success, % | return" for e in compared)
+    ablation = [f"| loss and parameters | {header} |", "|---" * (1 + 2 * len(compared)) + "|"]
+    for setting in LOSSES:
+        cells = [(cell(setting, e, "eval_success", 100, 1), cell(setting, e, "eval_return", 1, 3)) for e in compared]
+        ablation.append(f"| {setting} | {' | '.join(part for pair in cells for part in pair)} |")
+    curves_figure(
+        [c for c in curves if c["setting"] == "separate-chosen"],
+        main,
+        {"separate-chosen": BLUE},
+        figures / "hppo_curves.png",
+    )
+    chosen = [c for c in curves if c["env_id"] in compared]
+    if chosen:
+        curves_figure(chosen, rows, LOSSES, figures / "hppo_losses.png")
+    pictures = [f"![{n}](benchmarks/figures/hppo_{n}.png)" for n in ("curves", "losses")[: 1 + bool(chosen)]]
+    return "\n".join([*lines, "", *(ablation if compared else []), "", *pictures])
+
+
 # ------------------------------------------------------------------------------------------------------------------
 
-REPORTS = {"ppo_continuous": ppo_continuous, "ppo_table1": ppo_table1}
+REPORTS = {"ppo_continuous": ppo_continuous, "ppo_table1": ppo_table1, "hppo": hppo}
 
 
 def replace_block(text: str, name: str, block: str) -> str:

@@ -11,7 +11,7 @@ inherits, keeps a second runner from running the same thing; it takes what is le
 status: 0 when all are finished, 1 when one failed (the end of its log is shown), 2 for wrong input, 130 when stopped.
 
 With --cluster the same commands become tasks of a Ray cluster, one each. Their folders are copied here whenever there
-is a new checkpoint, so a lost worker costs what it did since then. The nodes need requirements.txt installed.
+is a new checkpoint, so a lost worker costs what it did since then. The nodes need this folder's requirements.txt.
 """
 
 import contextlib
@@ -19,16 +19,21 @@ import csv
 import ctypes
 import fcntl
 import hashlib
+import io
 import json
+import math
 import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import tyro
@@ -36,6 +41,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 POLL = 0.2  # seconds between two looks at the running processes
+STARTED = time.time()
 
 
 @dataclass
@@ -49,20 +55,35 @@ class Args:
     dry_run: bool = False
     """list what would run and stop"""
     cluster: str | None = None
-    """address of a Ray cluster to run on instead; auto: the one at hand"""
+    """run on the Ray cluster that this machine is part of: HOST:PORT of its head, or auto: the one at hand"""
     cpus: float = 1
     """CPUs that a run reserves on the cluster"""
     gpus: float = 0
     """GPUs that a run reserves on the cluster"""
     retries: int = 3
-    """times that a run starts again after its worker was lost"""
-    sync_seconds: float = 20
-    """least time between two copies of a run's folder from the cluster"""
+    """times that a run is continued after its worker was lost"""
 
 
 def fail(message: str):
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def parse_args() -> Args:
+    """Args from the command line; tyro's box for a wrong one is put into one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            args = tyro.cli(Args, description=__doc__)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        said = re.split("─{9,}", box.getvalue().partition("╮")[2])[0]
+        fail(re.sub("[│╰╯]", " ", said) + " (--help lists the flags)")
+    for name, least in {"jobs": 1, "cpus": 0, "gpus": 0, "retries": 0}.items():
+        if not least <= getattr(args, name) < math.inf:
+            fail(f"--{name} {getattr(args, name)}: must be at least {least}")
+    return args
 
 
 class Run:
@@ -76,13 +97,14 @@ class Run:
 
     def folder(self) -> Path | None:
         """The run's own folder, once there is one. Raises ValueError for one that another command made."""
-        configs = sorted(self.home.glob("[!.]*/config.json"))
+        configs = list(self.home.glob("[!.]*/config.json"))
         for config in configs:
-            started_by = json.loads(config.read_text())["command"][1:]
-            if "--runs-dir" in started_by:
-                at = started_by.index("--runs-dir")
-                del started_by[at : at + 2]
-            if started_by != self.flags or len(configs) > 1:
+            try:
+                script, *flags = json.loads(config.read_text())["command"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{config}: not that of a run ({error!r})") from error
+            del flags[-2:]  # --runs-dir, see process_flags
+            if (Path(script).name, flags) != (self.script.name, self.flags) or len(configs) > 1:
                 raise ValueError(f"{config.parent} is not (only) of this command: {self.command}")
             return config.parent
         return None
@@ -92,13 +114,15 @@ class Run:
         return folder is not None and (folder / "result.json").exists()
 
     def fraction(self) -> float:
-        """How much is done, by the last episode in the logs."""
+        """How much is done: 1 for a finished run, for others by the last episode in the logs."""
+        folder = self.folder()
+        if folder is None or (folder / "result.json").exists():
+            return float(folder is not None)
         try:
-            folder = self.folder()
             total = json.loads((folder / "config.json").read_text())["args"]["total_timesteps"]
             last = (folder / "episodes.csv").read_bytes()[-200:].splitlines()[-1]
-            return min(int(last.split(b",")[0]) / total, 1.0)
-        except (OSError, ValueError, IndexError, TypeError):
+            return min(int(last.split(b",")[0]) / total, 0.999)
+        except (OSError, ValueError, LookupError):  # no episode yet
             return 0.0
 
     def process_flags(self) -> list[str]:
@@ -114,12 +138,19 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            self.release()
+            self.lock.close()
             return False
 
-    def release(self):
+    def failed_meanwhile(self) -> bool:
+        """Whether another runner, since this one was started, ran it to no avail."""
+        mark = self.home / "failed"
+        return mark.exists() and mark.stat().st_mtime > STARTED
+
+    def finish(self, status: int, failed: list):
+        if status or not self.finished():
+            (self.home / "failed").touch()
+            failed.append(self)
         self.lock.close()
-        self.lock = None
 
     def log_end(self, lines: int = 5) -> str:
         text = (self.home / "log").read_text(errors="replace") if (self.home / "log").exists() else ""
@@ -129,17 +160,22 @@ class Run:
 def read_commands(lines, parent: Path) -> list[Run]:
     """Runs from command lines `python script.py flags`, in their order; exits with 2 for any other."""
     runs = {}
-    for line in lines:
-        words = shlex.split(line, comments=True)
+    for line in map(str.strip, lines):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            fail(f"{line}: {error}")
         if not words:
             continue
         if len(words) < 2 or words[0] != "python" or not Path(words[1]).is_file():
-            fail(f"{line.strip()}: must be `python SCRIPT FLAGS`, with a script that is there from {Path.cwd()}")
-        taken = {"--runs-dir", "--resume", "--eval"} & {word.split("=")[0] for word in words}
+            fail(f"{line}: must be `python SCRIPT FLAGS`, with a script that is there from {Path.cwd()}")
+        taken = {"--runs-dir", "--resume", "--eval"} & {word.split("=")[0].replace("_", "-") for word in words}
         if taken:
-            fail(f"{line.strip()}: {', '.join(sorted(taken))} is the runner's to choose")
+            fail(f"{line}: {', '.join(sorted(taken))} is the runner's to choose")
         run = Run(words, parent)
         runs[run.command] = run
+    if not runs:
+        fail("no command lines on stdin")
     return list(runs.values())
 
 
@@ -149,18 +185,34 @@ def committed(name: str) -> set[str]:
     if not path.exists():
         return set()
     with open(path) as file:
-        return {row["command"] for row in csv.DictReader(file)}
+        return {row.get("command") for row in csv.DictReader(file)}
 
 
-def die_with_parent():
-    """In a child: a SIGTERM when the runner dies, however it dies, so that the training saves and stops."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+def take(waiting: list[Run], failed: list[Run]):
+    """Yields, locked, the waiting runs that are to be run now; those of another runner stay in `waiting`."""
+    for run in list(waiting):
+        if run.acquire():
+            waiting.remove(run)
+            if run.finished():
+                run.lock.close()
+            elif run.failed_meanwhile():
+                run.finish(1, failed)
+            else:
+                yield run
 
 
 def start(script: Path, flags: list[str], log, **kwargs) -> subprocess.Popen:
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), *flags]
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environ, preexec_fn=die_with_parent, **kwargs)
+    """A training process, which saves and stops when this process dies, however it dies."""
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def die_with_parent():
+        prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # too late for the signal
+            os._exit(1)
+
+    command, environ = [sys.executable, str(script), *flags], {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    kwargs |= {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "env": os.environ | environ}
+    return subprocess.Popen(command, preexec_fn=die_with_parent, **kwargs)
 
 
 def run_here(runs: list[Run], args: Args, show) -> list[Run]:
@@ -168,24 +220,14 @@ def run_here(runs: list[Run], args: Args, show) -> list[Run]:
     waiting, running, failed = list(runs), {}, []
     try:
         while waiting or running:
-            for run in list(waiting):
-                if len(running) == args.jobs:
-                    break
-                if not run.acquire():  # another runner's; look again later
-                    continue
-                waiting.remove(run)
-                if run.finished():
-                    run.release()
-                    continue
+            for run in islice(take(waiting, failed), args.jobs - len(running)):
                 with open(run.home / "log", "a") as log:
                     running[run] = start(run.script, run.process_flags(), log, pass_fds=[run.lock.fileno()])
             time.sleep(POLL)
             for run, process in list(running.items()):
                 if process.poll() is not None:
                     del running[run]
-                    run.release()
-                    if process.returncode or not run.finished():
-                        failed.append(run)
+                    run.finish(process.returncode, failed)
             show(failed)
     finally:
         for process in running.values():
@@ -195,107 +237,121 @@ def run_here(runs: list[Run], args: Args, show) -> list[Run]:
     return failed
 
 
-def read_files(folder: Path) -> dict[str, bytes]:
-    """A run's folder as {relative path: content} that can be resumed from: the checkpoint comes first, and the logs,
-    which only grow, are at least as long as it says."""
-    paths = sorted(folder.glob("*/[!.]*"), key=lambda path: (path.name != "checkpoint.pt", path.name))
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.suffix != ".tmp"}
+def read_files(folder: Path | None) -> dict[str, bytes]:
+    """A run's folder as {path from its parent: content} that can be resumed from: the checkpoint is read first, and
+    the logs, which only grow, are at least as long as it says."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"] if folder else []
+    paths.sort(key=lambda path: path.name != "checkpoint.pt")
+    return {str(path.relative_to(folder.parent)): path.read_bytes() for path in paths}
 
 
-def write_files(folder: Path, files: dict[str, bytes]):
-    """The counterpart of read_files; checkpoint and result go last, so that what they speak of is there."""
-    last = ("config.json", "checkpoint.pt", "result.json")
+def write_files(home: Path, files: dict[str, bytes]):
+    """The counterpart of read_files. What speaks of other files goes after them, so that at any moment there is either
+    no run, or one that can be resumed."""
+    last = ("checkpoint.pt", "config.json", "result.json")
     for name in sorted(files, key=lambda name: last.index(Path(name).name) if Path(name).name in last else -1):
-        path = folder / name
+        path = home / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_bytes(files[name])
         temporary.replace(path)
+    for path in home.glob("[!.]*/events.*"):  # --resume deletes those that are younger than the checkpoint
+        if str(path.relative_to(home)) not in files:
+            path.unlink()
 
 
-def run_on_worker(script_name: str, script: bytes, flags: list[str], files: dict[str, bytes], sync_seconds: float):
-    """A task of the cluster: one run in a temporary folder. Yields (None, files) at new checkpoints, and at the end
-    (exit status, files), where files also has the log."""
-    with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
+def run_on_worker(script_name: str, script: bytes, flags: list[str], files: dict[str, bytes]):
+    """A task of the cluster: one run in a temporary folder. Yields (exit status or None, files, more of the log), at
+    each new checkpoint and at the end."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        home = Path(temporary)
         (home / script_name).write_bytes(script)
         write_files(home / "run", files)
-        old = next((home / "run").glob("*/config.json"), None)
-        flags = ["--resume", str(old.parent)] if old else [*flags, "--runs-dir", str(home / "run")]
-        with open(home / "log", "wb") as log:
-            process = start(home / script_name, flags, log)
-        sent, sent_at = None, time.monotonic()
-        try:
-            while process.poll() is None:
-                time.sleep(POLL)
-                checkpoint = next((home / "run").glob("[!.]*/checkpoint.pt"), None)
-                if checkpoint and checkpoint.stat().st_mtime != sent and time.monotonic() - sent_at >= sync_seconds:
-                    sent, sent_at = checkpoint.stat().st_mtime, time.monotonic()
-                    yield None, read_files(home / "run")
-            yield process.returncode, {**read_files(home / "run"), "log": (home / "log").read_bytes()}
-        finally:
-            process.kill()
+
+        def folder() -> Path | None:
+            return next((config.parent for config in home.glob("run/[!.]*/config.json")), None)
+
+        def saved_at() -> int | None:
+            return (folder() / "checkpoint.pt").stat().st_mtime_ns if folder() else None
+
+        flags = ["--resume", str(folder())] if folder() else [*flags, "--runs-dir", str(home / "run")]
+        seen = saved_at()
+        with open(home / "log", "wb") as output, open(home / "log", "rb") as log:
+            process = start(home / script_name, flags, output)
+            try:
+                while process.poll() is None:
+                    time.sleep(POLL)
+                    if saved_at() != seen:
+                        seen = saved_at()
+                        yield None, read_files(folder()), log.read()
+            finally:
+                process.kill()
+                process.wait()
+            end = process.returncode, read_files(folder()), log.read()
+    yield end
 
 
-def run_on_cluster(runs: list[Run], args: Args, show) -> list[Run]:
+def connect(args: Args):
+    """run_on_worker as a task of the cluster."""
+    address = args.cluster if args.cluster != "auto" else os.environ.get("RAY_ADDRESS", "auto")
+    host, _, port = address.rpartition(":")
+    try:
+        import ray
+
+        if "://" in address:
+            raise ValueError("must be HOST:PORT of the head node, since Ray Client streams no results")
+        if host:  # Ray would try for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        ray.init(address, log_to_driver=False, logging_level="ERROR")
+        # A task waits until its last results are taken here, so that they pile up nowhere.
+        options = {"max_retries": 0, "num_returns": "streaming", "_generator_backpressure_num_objects": 1}
+        return ray.remote(num_cpus=args.cpus, num_gpus=args.gpus, **options)(run_on_worker)
+    except ImportError:
+        fail("--cluster: Ray is not installed; pip install -r benchmarks/requirements.txt")
+    except Exception as error:  # whatever Ray makes of an address, or of a number of GPUs
+        fail(f"--cluster {args.cluster}: {error}")
+
+
+def run_on_cluster(task, runs: list[Run], args: Args, show) -> list[Run]:
     """As run_here, on a Ray cluster: this process keeps every run's folder and starts lost runs again from it."""
     import ray
 
-    ray.init(args.cluster, log_to_driver=False, logging_level="ERROR")
-    task = ray.remote(max_retries=0, num_cpus=args.cpus, num_gpus=args.gpus, num_returns="streaming")(run_on_worker)
-
     def submit(run: Run):
-        script = run.script.read_bytes()
-        return task.remote(run.script.name, script, run.flags, read_files(run.home), args.sync_seconds)
+        files = read_files(run.folder())
+        running[task.remote(run.script.name, run.script.read_bytes(), run.flags, files)] = run
 
-    waiting, running, failed, losses = list(runs), {}, [], dict.fromkeys(runs, 0)
+    waiting, running, failed, losses = list(runs), {}, [], Counter()
     try:
         while waiting or running:
-            for run in list(waiting):
-                if run.acquire():
-                    waiting.remove(run)
-                    if run.finished():
-                        run.release()
-                    else:
-                        running[submit(run)] = run
-            ready, _ = ray.wait(list(running), timeout=1) if running else (time.sleep(1), None)
-            for results in ready or []:
-                run, status = running[results], None
+            for run in take(waiting, failed):
+                submit(run)
+            ready = ray.wait(list(running), timeout=1)[0] if running else time.sleep(1) or []
+            for results in ready:
+                run = running[results]
                 try:
-                    status, files = ray.get(next(results))
-                    with open(run.home / "log", "ab") as log:
-                        log.write(files.pop("log", b""))
+                    status, files, output = ray.get(next(results))
                     write_files(run.home, files)
                 except ray.exceptions.RayError as error:
                     losses[run] += 1
-                    with open(run.home / "log", "a") as log:
-                        print(f"the worker was lost: {str(error).strip().splitlines()[0]}", file=log)
-                    del running[results]
-                    if losses[run] <= args.retries:
-                        running[submit(run)] = run
-                        continue
-                    status = 1
+                    status, output = "lost", f"\nthe worker was lost: {error}\n".encode()
+                with open(run.home / "log", "ab") as log:
+                    log.write(output)
                 if status is not None:
-                    running.pop(results, None)
-                    run.release()
-                    if status or not run.finished():
-                        failed.append(run)
+                    del running[results]
+                    if status == "lost" and losses[run] <= args.retries:
+                        submit(run)
+                    else:
+                        run.finish(status, failed)
             show(failed)
     finally:
         ray.shutdown()
     return failed
 
 
-def stop(*_):
-    raise SystemExit(130)
-
-
 def main(args: Args):
-    if args.jobs < 1:
-        fail(f"--jobs {args.jobs}: must be at least 1")
-    runs = read_commands(sys.stdin, args.runs.resolve() / args.name)
-    done = committed(args.name)
     try:
+        runs = read_commands(sys.stdin, args.runs.resolve() / args.name)
+        done = committed(args.name)
         left = [run for run in runs if run.command not in done and not run.finished()]
         if args.dry_run:
             for run in runs:
@@ -303,29 +359,39 @@ def main(args: Args):
                 print(f"{state:9}{run.command}")
             print(f"{len(left)} of {len(runs)} runs to go")
             return
-    except ValueError as error:
+        (args.runs / args.name).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
         fail(str(error))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    before = len(runs) - len(left) + sum(run.fraction() for run in left)
+    task = connect(args) if args.cluster else None
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # after Ray has set its own
+        signal.signal(number, lambda *_: signals.append(_))
+
+    def progress() -> tuple[float, int]:
+        """The runs that are done, with the parts of others, and without."""
+        fractions = [1.0] * (len(runs) - len(left)) + [run.fraction() for run in left]
+        return sum(fractions), fractions.count(1.0)
+
+    before, _ = progress()
     bar_format = "{percentage:3.0f}% |{bar:20}| {desc}, {elapsed} so far, ETA {remaining}"
     every = 1 if sys.stderr.isatty() else 60  # seconds
+    tqdm.monitor_interval = 0  # no thread: `start` forks
     bar = tqdm(None, "starting", len(runs), initial=before, bar_format=bar_format, mininterval=every)
     shown_at = 0.0
 
     def show(failed: list[Run]):
+        """Bring the bar up to date; leave here after a signal."""
         nonlocal shown_at
+        if signals:
+            raise SystemExit(130)
         if time.monotonic() - shown_at >= every:
-            finished = sum(run.finished() for run in left)
-            bar.set_description_str(
-                f"{len(runs) - len(left) + finished} of {len(runs)} runs, {len(failed)} failed", refresh=False
-            )
-            bar.n = len(runs) - len(left) + sum(1.0 if run.finished() else run.fraction() for run in left)
-            bar.refresh()
+            n, finished = progress()
+            bar.n = max(n, before)  # a resumed run may go back a little
+            bar.set_description_str(f"{finished} of {len(runs)} runs, {len(failed)} failed")
             shown_at = time.monotonic()
 
     with contextlib.closing(bar):
-        failed = run_on_cluster(left, args, show) if args.cluster else run_here(left, args, show)
+        failed = run_on_cluster(task, left, args, show) if task else run_here(left, args, show)
         shown_at = 0.0
         show(failed)
     for run in failed:
@@ -335,4 +401,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parse_args())
