@@ -295,7 +295,7 @@ def scores_figure(normalised: dict, path: Path):
     left.set_xlabel("normalised score, mean over all runs (random policy 0, best run 1)")
     left.legend(frameon=False, loc="lower left")
     threshold = np.linspace(-0.2, 1, 241)
-    for setting in BEST_OF_KIND.keys() & normalised.keys():
+    for setting in (s for s in BEST_OF_KIND if s in normalised):
         strata, colour = normalised[setting], BEST_OF_KIND[setting]
         above = [(s[:, None] >= threshold).astype(float) for s in strata]
         low, high = interval(above, mean)

@@ -15,10 +15,7 @@ BASE = ROOT / "ppo_continuous.py"
 BANNER = "# " + "=" * 102
 
 # Which sections each script shares with the base, and how many lines it may change in all of it.
-SHARED = {
-    "ppo_klpen.py": "Environments, Agent, Rollout, Update, Checkpoint",
-    "hppo_hybrid.py": "Update, Checkpoint",
-}
+SHARED = {"ppo_klpen.py": "Environments, Agent, Rollout, Update, Checkpoint", "hppo_hybrid.py": "Update, Checkpoint"}
 BUDGET = {"ppo_klpen.py": 90, "hppo_hybrid.py": 150}
 OWN = {"hppo_hybrid.py": ["Environments"]}  # not counted
 SECTIONS = "Header, Args, Environments, Agent, Rollout, Advantages, Loss, Update, Checkpoint, main".split(", ")
