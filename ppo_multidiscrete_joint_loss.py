@@ -270,8 +270,6 @@ def check_args(args: Args):
             fail(f"{flag(name)} {value}: must be above 0")
     if 0 < args.dual_clip <= 1:
         fail(f"--dual-clip {args.dual_clip}: must be above 1, or 0 for none")
-    if 2 * args.selfplay > args.num_envs:
-        fail(f"--selfplay {args.selfplay}: needs --num-envs {2 * args.selfplay} or more, two a game")
     batch_size = args.num_envs * args.num_steps
     batch = f"the batch, {args.num_envs} x {args.num_steps} = {batch_size} steps"
     if batch_size % args.num_minibatches:
@@ -462,8 +460,11 @@ class MicroRTSEnvs:
     """A MicroRTSVectorEnv whose observations are uint8, with the masks behind them. Its state cannot be captured."""
 
     def __init__(self, args: Args):
-        disabled = gym.vector.AutoresetMode.DISABLED
-        self.env = gym.make_vec(args.env_id, args.num_envs, autoreset_mode=disabled, **microrts_settings(args))
+        settings = {**microrts_settings(args), "autoreset_mode": gym.vector.AutoresetMode.DISABLED}
+        try:
+            self.env = gym.make_vec(args.env_id, args.num_envs, **settings)
+        except ValueError as error:
+            fail(f"--env-id {args.env_id}: {error}")
         self.wins = deque(maxlen=100)  # of the last games, 1 or 0
 
     def observe(self, planes: np.ndarray) -> np.ndarray:
@@ -530,7 +531,7 @@ def start_jvm():
     survive a fork."""
     for name, package in [("gym_microrts", "--no-deps gym-microrts==0.4.3"), ("jpype", "jpype1==1.7.1")]:
         if importlib.util.find_spec(name) is None:
-            fail(f"MicroRTS: {name} is not installed; pip install {package}")
+            fail(f"MicroRTS: the module {name} is not installed; pip install {package}")
     import jpype
 
     jars = sorted(microrts_folder().glob("*.jar"), key=lambda jar: jar.name != "microrts.jar")
@@ -555,31 +556,31 @@ def start_jvm():
 class MicroRTSVectorEnv(gym.vector.VectorEnv):
     """N seats at games of MicroRTS, on one map of h x w cells; cell = y w + x.
 
-    map is a registered id or the path of an XML file. The first 2 selfplay seats play each other, 2i against 2i + 1; the
-    rest play the bots of opponents, in turn. self.opponents names the opponent of each seat.
+    map is a registered id or the path of an XML file. The first 2 selfplay seats play each other, 2i against 2i + 1;
+    the rest play the bots of opponents, in turn. self.opponents names each seat's.
 
     Observations are float32 [N, P h w], P planes of integers below self.plane_sizes (larger ones are clipped): hit
     points; resources; owner, 0 nobody, 1 this seat, 2 the other; type, 0 nothing, else 1 + (resource, base, barracks,
     worker, light, heavy, ranged); current action; with partial_obs, whether this seat sees the cell. What a player has
     in the bank is not shown.
 
-    An order has seven components: action (none, move, harvest, return, produce, attack); direction (0 north, 1 east, 2
-    south, 3 west) to move, to harvest, to return and to produce in; type to produce; cell to attack, (3 + dy) 7 + 3 + dx.
-    Actions are int [N, 8], a cell and the order for its unit, with action_mode "unit"; with "gridnet" [N, h w, 7], an
-    order for each cell. Only this seat's idle units take orders; without one they stay idle.
+    An order has seven components: action (none, move, harvest, return, produce, attack); direction (0 north, 1 east,
+    2 south, 3 west) to move, to harvest, to return and to produce in; type to produce; cell to attack, at dx, dy from
+    the unit 7 (3 + dy) + 3 + dx. Actions are int [N, 8] with action_mode "unit", a cell and the order for its unit;
+    with "gridnet" [N, h w, 7], an order for each cell. Only this seat's idle units take orders.
 
     self.action_masks, also info["action_mask"], is bool [N, h w, 79], a new array after each step or reset. Entry 0: an
     idle unit of this seat stands here. Entries 1 to 78: the choices open to it, for the seven components one after the
-    other, all False elsewhere. So draw a cell by [:, 0], then each component by the row of the unit's cell; one that
-    has nothing open is not read. A unit waits when the mask rules out its order. It also waits when the order clashes
-    with another unit's: for a cell, or for money that is set aside for what another unit produces.
+    other. All others are False. So draw a cell by [:, 0], then each component by the row of that cell; one that has
+    nothing open is not read. A unit waits when the mask rules its order out. It also waits when the order clashes with
+    another unit's, over a cell, or over money that is set aside for what another unit produces.
 
     Rewards are info["raw_rewards"] [N, 6] (MICRORTS_REWARDS) @ reward_weights; the first is 1 for a win, -1 for a loss
     or a draw. terminated: the game is over. truncated: it has lasted max_steps. info["is_success"]: this step won.
     Autoreset as gymnasium's default, in the next step, or AutoresetMode.DISABLED, where reset(options={"reset_mask":
-    bool [N]}) starts new games. The two seats of a self-play game end and start together, and where both want a cell,
-    the first gets it. A seed changes nothing: workerRushAI, lightRushAI and passiveAI only follow the actions, the
-    others draw from generators of their own, and naiveMCTSAI thinks for 0.1 s a step.
+    bool [N]}) starts new games. The two seats of a self-play game end and start together; a cell that both want goes to
+    the first. A seed changes nothing: workerRushAI, lightRushAI and passiveAI follow from the actions, the others
+    draw from generators of their own, and naiveMCTSAI thinks for 0.1 s a step.
     """
 
     def __init__(
@@ -638,8 +639,8 @@ class MicroRTSVectorEnv(gym.vector.VectorEnv):
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
 
-        # Every game writes to arrays of its own. A Java array of these lets one call read all games, and of the masks,
-        # most of which is zeros, only the rows of idle units are read: nearly all time goes to Java that way.
+        # A call to Java costs more than what it reads here. Each game keeps to its own arrays, so a Java array of these
+        # arrays lets one call read all games; of the masks, mostly zeros, the rows of idle units are read and no other.
         self.java_planes = jpype.JArray(jpype.JInt, 4)(num_envs)
         self.java_rewards = jpype.JArray(jpype.JDouble, 2)(num_envs)
         self.java_masks: list[dict] = [{} for _ in range(num_envs)]  # of each seat, {cell: its row}
@@ -656,14 +657,15 @@ class MicroRTSVectorEnv(gym.vector.VectorEnv):
     def restart(self, mask: np.ndarray):
         """New games for these seats."""
         for client, seats in self.games:
-            if mask[seats[0]]:
-                responses = (
-                    [client.reset(0)]
-                    if len(seats) == 1
-                    else client.reset() or [client.getResponse(0), client.getResponse(1)]
-                )
-                for i, response in zip(seats, responses):
-                    self.java_planes[i], self.java_rewards[i] = response.observation, response.reward
+            if not mask[seats[0]]:
+                continue
+            if len(seats) == 2:
+                client.reset()
+                responses = [client.getResponse(0), client.getResponse(1)]
+            else:
+                responses = [client.reset(0)]
+            for i, response in zip(seats, responses):
+                self.java_planes[i], self.java_rewards[i] = response.observation, response.reward
         self.t[mask], self.over[mask] = 0, False
 
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None):
@@ -681,12 +683,8 @@ class MicroRTSVectorEnv(gym.vector.VectorEnv):
         if waited.any() and self.metadata["autoreset_mode"] == gym.vector.AutoresetMode.DISABLED:
             raise ValueError(f"environments {np.flatnonzero(waited)} have ended: reset them first")
         for client, seats in self.games:
-            if waited[seats[0]]:
-                continue
-            if len(seats) == 2:
-                client.gameStep(orders[seats[0]], orders[seats[1]])
-            else:
-                client.gameStep(orders[seats[0]], 0)
+            if not waited[seats[0]]:
+                client.gameStep(orders[seats[0]], orders[seats[1]] if len(seats) == 2 else 0)
         self.t += 1
         if waited.any():  # their step is the reset
             self.restart(waited)
@@ -753,18 +751,14 @@ class MicroRTSVectorEnv(gym.vector.VectorEnv):
 
 
 class MicroRTSEnv(gym.Env):
-    """One seat of a MicroRTSVectorEnv against a bot; action_masks and the info without the leading dimension."""
+    """One seat of a MicroRTSVectorEnv, against a bot."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
-    def __init__(self, **kwargs):
+    def __init__(self, render_mode: str | None = None, **kwargs):
         self.world = MicroRTSVectorEnv(1, autoreset_mode=gym.vector.AutoresetMode.DISABLED, **kwargs)
         self.action_space, self.observation_space = self.world.single_action_space, self.world.single_observation_space
-        self.render_mode = self.world.render_mode
-
-    @property
-    def action_masks(self) -> np.ndarray:
-        return self.world.action_masks[0]
+        self.render_mode = render_mode
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
@@ -772,9 +766,9 @@ class MicroRTSEnv(gym.Env):
         return obs[0], {name: value[0] for name, value in info.items()}
 
     def step(self, action):
-        obs, rewards, terminated, truncated, info = self.world.step(np.asarray(action)[None])
+        obs, rewards, *ends, info = self.world.step(np.asarray(action)[None])
         info = {name: value[0] for name, value in info.items()}
-        return obs[0], float(rewards[0]), bool(terminated[0]), bool(truncated[0]), info
+        return obs[0], float(rewards[0]), *(bool(end[0]) for end in ends), info
 
     def render(self) -> np.ndarray:
         return self.world.render()[0]
@@ -966,14 +960,12 @@ class Agent(nn.Module):
 
 def unit_networks(size: tuple[int, int], planes: int, outputs: int):
     """For one unit a step (Huang et al. 2021, arXiv:2105.13807): two convolutions and a layer of 128."""
-    convolutions = [
-        layer_init(nn.Conv2d(planes, 16, 3, stride=2)),
-        nn.ReLU(),
-        layer_init(nn.Conv2d(16, 32, 2)),
-        nn.ReLU(),
-    ]
-    features = math.prod((n - 3) // 2 for n in size) * 32
-    trunk = nn.Sequential(*convolutions, nn.Flatten(), layer_init(nn.Linear(features, 128)), nn.ReLU())
+    pad = int(min(size) < 5)  # a map too small for the second kernel
+    first, second = layer_init(nn.Conv2d(planes, 16, 3, stride=2)), layer_init(nn.Conv2d(16, 32, 2, padding=pad))
+    features = math.prod((n - 3) // 2 + 2 * pad for n in size) * 32
+    trunk = nn.Sequential(
+        first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), layer_init(nn.Linear(features, 128)), nn.ReLU()
+    )
     return trunk, layer_init(nn.Linear(128, outputs), std=0.01), layer_init(nn.Linear(128, 1), std=1.0)
 
 
@@ -1663,7 +1655,12 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
     if error:
         fail(error, status=1)
     sps = int(progress["global_step"] / progress["seconds"])
-    return run_dir, {**progress, "sps": sps, "compile_seconds": compile_seconds}
+    return run_dir, {
+        **progress,
+        "sps": sps,
+        "compile_seconds": compile_seconds,
+        "wins": list(getattr(envs, "wins", [])),
+    }
 
 
 if __name__ == "__main__":
