@@ -484,6 +484,12 @@ class MicroRTSEnvs:
         return None
 
 
+def win_rate(envs) -> dict:
+    """{"win_rate": of the last 100 games}, for MicroRTS."""
+    wins = getattr(envs, "wins", None)
+    return {"win_rate": float(np.mean(wins))} if wins else {}
+
+
 def microrts_settings(args: Args) -> dict:
     if not args.env_id.startswith("MicroRTS-"):
         return {}
@@ -1633,8 +1639,8 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
             sps = int(global_step / seconds)
             writer.add_scalar("charts/learning_rate", coefs["learning_rate"].item(), global_step)
             writer.add_scalar("charts/SPS", sps, global_step)
-            if getattr(envs, "wins", None):
-                writer.add_scalar("charts/win_rate", np.mean(envs.wins), global_step)
+            for name, value in win_rate(envs).items():
+                writer.add_scalar(f"charts/{name}", value, global_step)
             for name, value in {**metrics, "explained_variance": explained_variance}.items():
                 writer.add_scalar(f"losses/{name}", value, global_step)
             last = "no episode yet" if math.isnan(last_return) else f"last return {last_return:.1f}"
@@ -1655,12 +1661,7 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
     if error:
         fail(error, status=1)
     sps = int(progress["global_step"] / progress["seconds"])
-    return run_dir, {
-        **progress,
-        "sps": sps,
-        "compile_seconds": compile_seconds,
-        "wins": list(getattr(envs, "wins", [])),
-    }
+    return run_dir, {**progress, "sps": sps, "compile_seconds": compile_seconds, **win_rate(envs)}
 
 
 if __name__ == "__main__":

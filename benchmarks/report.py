@@ -42,7 +42,7 @@ BLUE, GREEN, ORANGE, RED, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#6
 @dataclass
 class Args:
     name: tyro.conf.Positional[str]
-    """one of the reports below: ppo_continuous, ppo_table1, hppo"""
+    """one of the reports at the end of this file"""
     runs: Path = HERE / "runs"
     """parent folder of the sweeps' runs"""
 
@@ -65,6 +65,7 @@ def read_run(folder: Path) -> tuple[dict, dict]:
         "score": f"{returns[-100:].mean():.2f}",
         "eval_return": f"{np.mean(result['eval_returns']):.3f}",
         "eval_success": f"{result['eval_success']:.4f}" if "eval_success" in result else "",
+        "win_rate": f"{result['win_rate']:.2f}" if "win_rate" in result else "",
         "steps": str(result["global_step"]),
         "seconds": f"{result['seconds']:.0f}",
         "sps": f"{result['global_step'] / result['seconds']:.0f}",
@@ -84,7 +85,8 @@ def read_run(folder: Path) -> tuple[dict, dict]:
 
 def write_csv(path: Path, rows: list[dict]):
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     data = text.getvalue().encode()
@@ -127,7 +129,8 @@ def ordered(values) -> list:
 
 def values_of(rows: list[dict], setting: str, env_id: str, column: str = "score") -> np.ndarray:
     """One number for each of a setting's seeds in an environment, [seeds]."""
-    return np.array([float(r[column]) for r in rows if r["setting"] == setting and r["env_id"] == env_id and r[column]])
+    chosen = [r.get(column) for r in rows if r["setting"] == setting and r["env_id"] == env_id]
+    return np.array([float(value) for value in chosen if value])
 
 
 # --- Statistics ---------------------------------------------------------------------------------------------------
@@ -149,6 +152,17 @@ def interval(strata: list[np.ndarray], statistic) -> tuple:
     options = {"n_resamples": 2000, "method": "percentile", "vectorized": True, "axis": 0}
     found = stats.bootstrap(strata, statistic, rng=np.random.default_rng(0), **options).confidence_interval
     return found.low, found.high
+
+
+def cell(
+    rows: list[dict], setting: str, env_id: str, column: str = "score", scale: float = 1, decimals: int = 0
+) -> str:
+    """ "mean [low, high]" over a setting's seeds, for a table."""
+    values = scale * values_of(rows, setting, env_id, column)
+    if not values.size:
+        return "-"
+    low, high = interval([values], mean)
+    return f"{values.mean():.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
 # --- Figures ------------------------------------------------------------------------------------------------------
@@ -322,20 +336,13 @@ LOSSES = {"separate-chosen": BLUE, "separate-all": GREEN, "joint-chosen": ORANGE
 
 
 def hppo(rows: list[dict], curves: list[dict], figures: Path) -> str:
-    def cell(setting: str, env_id: str, column: str, scale: float, decimals: int) -> str:
-        values = scale * values_of(rows, setting, env_id, column)
-        if not values.size:
-            return "-"
-        low, high = interval([values], mean)
-        return f"{values.mean():.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
-
     main = [r for r in rows if r["setting"] == "separate-chosen"]
     env_ids = sorted(ordered(r["env_id"] for r in main), key=natural)
     lines = ["| environment | success, % | return | seeds | published H-PPO |", "|---|---|---|---|---|"]
     for env_id in env_ids:
-        success = cell("separate-chosen", env_id, "eval_success", 100, 1)
+        success = cell(rows, "separate-chosen", env_id, "eval_success", 100, 1)
         score, seeds = (
-            cell("separate-chosen", env_id, "eval_return", 1, 3),
+            cell(rows, "separate-chosen", env_id, "eval_return", 1, 3),
             len(values_of(main, "separate-chosen", env_id)),
         )
         lines.append(f"| {env_id} | {success} | {score} | {seeds} | {HPPO.get(env_id, '-')} |")
@@ -343,7 +350,10 @@ def hppo(rows: list[dict], curves: list[dict], figures: Path) -> str:
     header = " | ".join(f"{e}: success, % | return" for e in compared)
     ablation = [f"| loss and parameters | {header} |", "|---" * (1 + 2 * len(compared)) + "|"]
     for setting in LOSSES:
-        cells = [(cell(setting, e, "eval_success", 100, 1), cell(setting, e, "eval_return", 1, 3)) for e in compared]
+        cells = [
+            (cell(rows, setting, e, "eval_success", 100, 1), cell(rows, setting, e, "eval_return", 1, 3))
+            for e in compared
+        ]
         ablation.append(f"| {setting} | {' | '.join(part for pair in cells for part in pair)} |")
     curves_figure(
         [c for c in curves if c["setting"] == "separate-chosen"],
@@ -358,9 +368,53 @@ def hppo(rows: list[dict], curves: list[dict], figures: Path) -> str:
     return "\n".join([*lines, "", *(ablation if compared else []), "", *pictures])
 
 
+# --- joint_loss: joint, separate and mixed losses ---------------------------------------------------------------------
+
+# Song et al. 2023. At 1M steps nothing is published; at 3M, serial, read off a figure by eye.
+SERIAL = {
+    "HalfCheetah-v4": {"joint": "4.5k", "separate": "-0.5k", "mix-ratio": "7.8k", "mix-loss": "5.5k"},
+    "Walker2d-v4": {"joint": "4.9k", "separate": "0.35k", "mix-ratio": "5.3k", "mix-loss": "5.7k"},
+}
+MIXES = {"joint": BLUE, "joint-0.3": GREY, "separate": GREEN, "mix-ratio": ORANGE, "mix-loss": RED}
+
+
+def joint_loss_mujoco(rows: list[dict], curves: list[dict], figures: Path) -> str:
+    env_ids = sorted(ordered(r["env_id"] for r in rows))
+    lines = [f"| 1M steps | {' | '.join(env_ids)} |", "|---" * (1 + len(env_ids)) + "|"]
+    lines += [f"| {s} | {' | '.join(cell(rows, s, env_id) for env_id in env_ids)} |" for s in MIXES]
+    curves_figure([c for c in curves if not c["setting"].endswith("-3M")], rows, MIXES, figures / "joint_loss_1M.png")
+    lines += ["", "![1M](benchmarks/figures/joint_loss_1M.png)"]
+    longer = [c for c in curves if c["setting"].endswith("-3M")]
+    if longer:
+        lines += ["", f"| 3M steps | {' | '.join(f'{e} | the paper, serial' for e in SERIAL)} |", "|---" * 5 + "|"]
+        for s in MIXES:
+            cells = [f"{cell(rows, s + '-3M', env_id)} | {SERIAL[env_id].get(s, '-')}" for env_id in SERIAL]
+            lines.append(f"| {s} | {' | '.join(cells)} |")
+        curves_figure(longer, rows, {f"{s}-3M": c for s, c in MIXES.items()}, figures / "joint_loss_3M.png")
+        lines += ["", "![3M](benchmarks/figures/joint_loss_3M.png)"]
+    return "\n".join(lines)
+
+
+def joint_loss_microrts(rows: list[dict], curves: list[dict], figures: Path) -> str:
+    (env_id,) = ordered(r["env_id"] for r in rows)
+    settings = ordered(r["setting"] for r in rows)
+    lines = [
+        "| loss, clip | wins of the last 100 training games, % | of 100 greedy games, % | seeds |",
+        "|---|---|---|---|",
+    ]
+    for s in settings:
+        wins = [cell(rows, s, env_id, column, 100) for column in ("win_rate", "eval_success")]
+        lines.append(f"| {s} | {' | '.join(wins)} | {len(values_of(rows, s, env_id))} |")
+    chosen = {f"{s}-0.2": c for s, c in MIXES.items() if s != "joint-0.3"}
+    curves_figure(curves, rows, chosen, figures / "joint_loss_microrts.png")
+    return "\n".join([*lines, "", "![MicroRTS](benchmarks/figures/joint_loss_microrts.png)"])
+
+
 # ------------------------------------------------------------------------------------------------------------------
 
-REPORTS = {"ppo_continuous": ppo_continuous, "ppo_table1": ppo_table1, "hppo": hppo}
+REPORTS = {
+    report.__name__: report for report in (ppo_continuous, ppo_table1, hppo, joint_loss_mujoco, joint_loss_microrts)
+}
 
 
 def replace_block(text: str, name: str, block: str) -> str:
