@@ -822,7 +822,8 @@ def torch_load(path: Path, flag: str, key: str) -> dict:
 def saved_args(flag: str, folder: str) -> Args:
     """The settings in a run's folder; exits with 2 if it is none."""
     try:
-        return Args(**json.loads((Path(folder) / "config.json").read_text())["args"])
+        saved = json.loads((Path(folder) / "config.json").read_text())["args"]
+        return Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"--{flag} {folder}: not the folder of a {Path(__file__).stem} run, config.json cannot be read ({error})")
 
