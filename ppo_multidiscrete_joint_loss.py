@@ -1509,7 +1509,7 @@ def start_tracking(args: Args, run_dir: Path):
     wandb.init(id=run_dir.name, name=run_dir.name, **settings)
 
 
-def evaluate(agent: Agent, args: Args, run_dir: Path, stop=lambda: False) -> dict:
+def evaluate(agent: Agent, args: Args, run_dir: Path, stop) -> dict:
     """Undiscounted returns of episodes with the mean action, on gymnasium, all statistics frozen; the rate of success
     too, where the info tells is_success."""
     env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
@@ -1557,7 +1557,10 @@ def main(args: Args):
     agent = Agent(env, args).to(device)
     if args.eval:
         agent.load_state_dict(torch_load(Path(args.eval) / "model.pt", "eval", "obs_rms.mean"))
-        evaluate(agent, args, Path(args.eval))
+        with catch_signals() as stop_requested:
+            evaluate(agent, args, Path(args.eval), stop_requested)
+        if stop_requested():
+            raise SystemExit(130)
         return
     with catch_signals() as stop_requested:
         run_dir, result = train(args, agent, env, device, stop_requested)

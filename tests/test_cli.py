@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -331,6 +332,22 @@ def test_evaluation_repeats_itself_and_changes_no_file(finished, capfd):
     returns = json.loads((finished / "result.json").read_text())["eval_returns"]  # as measured after the training
     text = f"{np.mean(returns):.1f} .*{np.std(returns):.1f}\n.*{returns[0]:.1f} {returns[1]:.1f}\n"
     assert re.search(text, outputs[0].out), outputs[0].out
+
+
+def test_a_signal_during_the_evaluation_ends_it_without_a_word(finished, monkeypatch, capfd):
+    step, steps = gym.wrappers.TimeLimit.step, []
+
+    def interrupted(self, action):
+        steps.append(action)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, action)
+
+    monkeypatch.setattr(gym.wrappers.TimeLimit, "step", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        main(parse_args(["--eval", str(finished)]))
+    assert exit.value.code == 130 and len(steps) == 5
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("flags", ["--env-id Hopper-v4", "--std-type state"])
