@@ -161,8 +161,14 @@ def cell(
     values = scale * values_of(rows, setting, env_id, column)
     if not values.size:
         return "-"
-    low, high = interval([values], mean)
-    return f"{values.mean():.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+    return with_interval([values], mean, decimals)
+
+
+def with_interval(strata: list[np.ndarray], statistic, decimals: int) -> str:
+    """ "value [low, high]", without the interval where single runs have none."""
+    low, high = interval(strata, statistic)
+    value = f"{statistic(*strata):.{decimals}f}"
+    return value if np.isnan(low) else f"{value} [{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
 # --- Figures ------------------------------------------------------------------------------------------------------
@@ -270,25 +276,23 @@ def ppo_table1(rows: list[dict], curves: list[dict], figures: Path) -> str:
     lines = ["| objective | paper | mean, 95 % interval | IQM, 95 % interval | runs |", "|---|---|---|---|---|"]
     for setting in settings:
         strata = normalised[setting]
-        cells = []
-        for statistic in (mean, iqm):
-            low, high = interval(strata, statistic)
-            cells.append(f"{statistic(*strata):.2f} [{low:.2f}, {high:.2f}]")
+        cells = [with_interval(strata, statistic, 2) for statistic in (mean, iqm)]
         runs = sum(map(len, strata))
         lines.append(f"| {setting} | {TABLE1[setting]:.2f} | {' | '.join(cells)} | {runs} of {3 * 7} |")
     raw = [f"| objective | {' | '.join(env_ids)} |", "|---" * (len(env_ids) + 1) + "|"]
     for setting in settings:
         cells = []
         for env_id in env_ids:
-            s = values_of(rows, setting, env_id)
-            cells.append(
-                f"{s.mean():.{precision(best[env_id])}f} ± {s.std():.{precision(best[env_id])}f}" if s.size else "-"
-            )
+            values, decimals = values_of(rows, setting, env_id), precision(best[env_id])
+            spread = f" ± {values.std():.{decimals}f}" if values.size > 1 else ""
+            cells.append(f"{values.mean():.{decimals}f}{spread}" if values.size else "-")
         raw.append(f"| {setting} | {' | '.join(cells)} |")
     for name, values in (("random", random), ("best run", best)):
         raw.append(f"| {name} | {' | '.join(f'{values[e]:.{precision(best[e])}f}' for e in env_ids)} |")
     figures_md = [f"![{n}](benchmarks/figures/ppo_table1_{n}.png)" for n in ("scores", "curves")]
-    return "\n".join([*lines, "", *raw, "", *figures_md])
+    total = 3 * 7 * len(TABLE1)
+    partial = [f"So far {len(rows)} of the {total} runs are done.", ""] if len(rows) < total else []
+    return "\n".join([*partial, *lines, "", *raw, "", *figures_md])
 
 
 def precision(value: float) -> int:
