@@ -368,7 +368,15 @@ def test_masks_travel_with_the_batch_and_a_masked_policy_learns(loss, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "flags", ["--mix-weight 1.5", "--dual-clip 0.5", "--selfplay -1", "--loss both", "--env-id MicroRTS-1x1-nothing"]
+    "flags",
+    [
+        "--mix-weight 1.5",
+        "--dual-clip 0.5",
+        "--selfplay -1",
+        "--loss both",
+        "--env-id MicroRTS-1x1-nothing",
+        "--env-id MicroRTS-8x8-basesWorkers --opponent bobAI",
+    ],
 )
 def test_a_wrong_value_is_one_line(flags, capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:

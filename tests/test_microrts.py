@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -656,3 +657,24 @@ def test_a_missing_package_is_named(missing, hint, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         ppo.start_jvm.__wrapped__()
     assert f"pip install {hint}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", ["--loss separate", "--loss mix-loss --action-mode gridnet --partial-obs", "--selfplay 1"]
+)
+def test_a_whole_run_and_its_resumption(flags, tmp_path, capfd):
+    """Games of 40 steps. The games themselves start again when a run is resumed, and the output says so."""
+    sizes = "--num-envs 3 --num-steps 64 --num-minibatches 2 --update-epochs 2 --eval-episodes 1 --max-steps 40"
+    game = "--env-id MicroRTS-8x8-basesWorkers --opponent workerRushAI passiveAI --no-compile --device cpu"
+    argv = [*sizes.split(), *game.split(), *flags.split(), "--runs-dir", str(tmp_path), "--checkpoint-every", "2"]
+    ppo.main(ppo.parse_args([*argv, "--total-timesteps", "768"]))
+    (folder,) = tmp_path.iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["global_step"] == 768 and len(result["eval_returns"]) == 1 and result["win_rate"] < 0.5
+    lengths = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1)[:, 2]
+    assert len(lengths) == 3 * (256 // 40) and (lengths == 40).all()  # nobody wins within 40 steps
+    (folder / "result.json").unlink()
+    capfd.readouterr()
+    ppo.main(ppo.parse_args(["--resume", str(folder)]))
+    assert "notice: the state of these environments cannot be captured" in capfd.readouterr().out
+    assert json.loads((folder / "result.json").read_text())["eval_returns"] == result["eval_returns"]
