@@ -783,9 +783,9 @@ class MicroRTSEnv(gym.Env):
         return self.world.render()[0]
 
 
-for name, path in microrts_maps().items():
+for name in microrts_maps():
     if name not in gym.registry:
-        gym.register(name, MicroRTSEnv, vector_entry_point=MicroRTSVectorEnv, kwargs={"map": path})
+        gym.register(name, MicroRTSEnv, vector_entry_point=MicroRTSVectorEnv, kwargs={"map": name})
 
 
 # ======================================================================================================
