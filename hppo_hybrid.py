@@ -437,6 +437,11 @@ def make_env(args: Args, **kwargs) -> gym.Env:
         fail(f"--env-id {args.env_id}: {error}" + (f"; {serves} serves this space" if serves and not args.hold else ""))
 
 
+def to_env(actions: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
+    """Actions [..., A] as the policy draws them -> as the environment takes them: clipped to its bounds."""
+    return np.clip(actions, space.low, space.high)
+
+
 class GymnasiumEnvs:
     """N environments stepped in a plain loop, which takes a tenth less time than gymnasium's SyncVectorEnv."""
 
@@ -969,7 +974,7 @@ def rollout(envs, agent: Agent, running: dict, action_space: gym.spaces.Box, arg
     for t, obs in enumerate(rows["obs"]):
         views["obs"][t] = running["obs"]
         actions = act(agent, obs.to(device), noise[t]).cpu().numpy()
-        next_obs, rewards, terminated, truncated = envs.step(np.clip(actions, action_space.low, action_space.high))
+        next_obs, rewards, terminated, truncated = envs.step(to_env(actions, action_space))
         global_step += N
         check_finite({"observation": next_obs, "reward": rewards}, global_step)
         done = terminated | truncated
@@ -1438,8 +1443,7 @@ def evaluate(agent: Agent, args: Args, run_dir: Path, stop) -> dict:
         while not done and not stop():
             obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
             action = act(agent, obs[None], noise.to(device))[0].cpu().numpy()
-            action = np.clip(action, env.action_space.low, env.action_space.high)
-            obs, reward, terminated, truncated, info = env.step(action)
+            obs, reward, terminated, truncated, info = env.step(to_env(action, env.action_space))
             done, total = terminated or truncated, total + float(reward)
         returns.append(total)
         successes += [bool(info["is_success"])] if "is_success" in info else []

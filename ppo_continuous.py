@@ -290,6 +290,11 @@ def make_env(args: Args, **kwargs) -> gym.Env:
     return env
 
 
+def to_env(actions: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
+    """Actions [..., A] as the policy draws them -> as the environment takes them: clipped to its bounds."""
+    return np.clip(actions, space.low, space.high)
+
+
 class GymnasiumEnvs:
     """N environments stepped in a plain loop, which takes a tenth less time than gymnasium's SyncVectorEnv."""
 
@@ -433,8 +438,9 @@ def hidden_layers(*sizes: int) -> nn.Sequential:
 class Agent(nn.Module):
     """A Gaussian policy N(mean(s), diag sigma^2) and a value V(s), two separate networks."""
 
-    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+    def __init__(self, env: gym.Env, args: Args):
         super().__init__()
+        [obs_dim], [action_dim] = env.observation_space.shape, env.action_space.shape
         self.norm_obs = args.norm_obs
         self.obs_rms = RunningMeanStd(obs_dim)
         sizes = (obs_dim, 64, 64)
@@ -525,7 +531,7 @@ def rollout(envs, agent: Agent, running: dict, action_space: gym.spaces.Box, arg
     for t, obs in enumerate(rows["obs"]):
         views["obs"][t] = running["obs"]
         actions = act(agent, obs.to(device), noise[t]).cpu().numpy()
-        next_obs, rewards, terminated, truncated = envs.step(np.clip(actions, action_space.low, action_space.high))
+        next_obs, rewards, terminated, truncated = envs.step(to_env(actions, action_space))
         global_step += N
         check_finite({"observation": next_obs, "reward": rewards}, global_step)
         done = terminated | truncated
@@ -975,8 +981,7 @@ def evaluate(agent: Agent, args: Args, run_dir: Path, stop) -> dict:
         while not done and not stop():
             obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
             action = act(agent, obs[None], noise.to(device))[0].cpu().numpy()
-            action = np.clip(action, env.action_space.low, env.action_space.high)
-            obs, reward, terminated, truncated, info = env.step(action)
+            obs, reward, terminated, truncated, info = env.step(to_env(action, env.action_space))
             done, total = terminated or truncated, total + float(reward)
         returns.append(total)
         successes += [bool(info["is_success"])] if "is_success" in info else []
@@ -1007,7 +1012,7 @@ def main(args: Args):
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args).to(device)
+    agent = Agent(env, args).to(device)
     if args.eval:
         agent.load_state_dict(torch_load(Path(args.eval) / "model.pt", "eval", "obs_rms.mean"))
         with catch_signals() as stop_requested:

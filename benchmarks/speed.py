@@ -125,10 +125,11 @@ def measure(column: str, env_id: str, backend: str, threads: str, steps: str):
     args = ppo.Args(env_id=env_id, backend=backend, env_threads=int(threads))
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
-    space = ppo.make_env(args).action_space
+    env = ppo.make_env(args)
+    space = env.action_space
     envs = ppo.make_envs(args, args.seed)
     running = ppo.start_episodes(envs, args.num_envs, args.seed)
-    agent = ppo.Agent(running["obs"].shape[1], space.shape[0], args)
+    agent = ppo.Agent(env, args)
     agent.to("cuda" if torch.cuda.is_available() else "cpu")
     batches = 1 + int(steps) // BATCH_SIZE
     noise = np.random.default_rng(args.seed).standard_normal(

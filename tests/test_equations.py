@@ -1,7 +1,9 @@
 """Every equation of ppo_continuous.py against a float64 derivation of its own, written out here."""
 
 import math
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,12 @@ import ppo_continuous as ppo
 torch.set_num_threads(1)  # as the script does; two lose time on networks this small
 
 T, N = 37, 5
+
+
+def spaces(obs_dim: int, action_dim: int):
+    """What an agent looks at of an environment."""
+    box = gym.spaces.Box
+    return SimpleNamespace(observation_space=box(-9, 9, (obs_dim,)), action_space=box(-1, 1, (action_dim,)))
 
 
 # --- Advantages ---------------------------------------------------------------------------------------------------
@@ -153,7 +161,7 @@ def test_value_loss_and_its_gradient(clip_coef):
 def agent_and_batch(M=64, **settings):
     torch.manual_seed(4)
     args = ppo.Args(**settings)
-    agent = ppo.Agent(3, 2, args).double()
+    agent = ppo.Agent(spaces(3, 2), args).double()
     batch = {
         "obs": torch.randn(M, 3),
         "actions": torch.randn(M, 2) * 1.5,
@@ -268,7 +276,7 @@ def test_adam_and_clipping_are_torchs_over_100_steps():
 
 def test_flatten_and_unflatten_are_inverse_and_leave_out_what_is_not_trained():
     for std_type, count in (("independent", 1), ("fixed", 0), ("state", 2)):
-        agent = ppo.Agent(3, 2, ppo.Args(std_type=std_type))
+        agent = ppo.Agent(spaces(3, 2), ppo.Args(std_type=std_type))
         theta = ppo.init_optimizer(agent)["theta"]
         params = ppo.unflatten(theta, agent)
         assert sum(name.startswith("actor_logstd") for name in params) == count
@@ -320,12 +328,12 @@ def test_running_statistics_are_numpys_in_any_order_of_batches():
 
 
 def test_normalize_uses_the_statistics_and_clips():
-    agent = ppo.Agent(2, 1, ppo.Args())
+    agent = ppo.Agent(spaces(2, 1), ppo.Args())
     agent.obs_rms.update(torch.tensor([[0.0, 5.0], [2.0, 5.0]]))
     z = agent.normalize(torch.tensor([[2.0, 5.0], [100.0, 6.0]]))
     torch.testing.assert_close(z, torch.tensor([[1.0, 0.0], [10.0, 10.0]]))  # a constant entry gives 0, not nan
     obs = torch.randn(4, 2)
-    assert torch.equal(ppo.Agent(2, 1, ppo.Args(norm_obs=False)).normalize(obs), obs)
+    assert torch.equal(ppo.Agent(spaces(2, 1), ppo.Args(norm_obs=False)).normalize(obs), obs)
 
 
 def test_reward_scale_follows_the_discounted_return_and_starts_again_at_done():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from test_equations import spaces
 from torch.distributions import Categorical, Normal
 
 import ppo_continuous
@@ -309,7 +310,7 @@ def test_joint_on_a_box_is_ppo_continuous():
     space = Box(-1, 1, (6,))
     agent, args = agent_for(space, obs_dim=17, loss="joint")
     base_args = ppo_continuous.Args()
-    base = ppo_continuous.Agent(17, 6, base_args)
+    base = ppo_continuous.Agent(spaces(17, 6), base_args)
     base.load_state_dict({name: tensor for name, tensor in agent.state_dict().items()})
     obs, actions = torch.randn(64, 17), torch.randn(64, 6)
     mean, log_std, values = base(obs)

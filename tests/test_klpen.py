@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from test_checkpoint import KILLER, assert_same_outcome, only, scalars
+from test_equations import spaces
 from torch.distributions import Independent, Normal, kl_divergence
 
 import ppo_continuous
@@ -135,7 +136,7 @@ def agent_and_batch(M=64, **settings):
     """The batch's old policy is near the agent's, but does not go with its logprobs: a mixed-up term would show."""
     torch.manual_seed(4)
     args = ppo.Args(**settings)
-    agent = ppo.Agent(3, 2, args).double()
+    agent = ppo.Agent(spaces(3, 2), args).double()
     batch = {
         "obs": torch.randn(M, 3),
         "actions": torch.randn(M, 2) * 1.5,
@@ -189,7 +190,7 @@ def test_whole_loss_its_gradient_and_metrics(settings, std_type, beta):
 def test_the_compiled_update_follows_beta():
     """Beta moves in place after the graph is made, which must not have taken its value for a constant."""
     args = ppo.Args(num_minibatches=4)
-    agent, generator = ppo.Agent(3, 2, args), torch.Generator().manual_seed(8)
+    agent, generator = ppo.Agent(spaces(3, 2), args), torch.Generator().manual_seed(8)
     batch = {name: tensor.float() for name, tensor in agent_and_batch()[2].items()}
     optimizer = ppo.init_optimizer(agent)
     coefs = {"learning_rate": torch.tensor(3e-4), "kl_beta": torch.tensor(1.0)}

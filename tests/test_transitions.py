@@ -4,6 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from test_equations import spaces
 
 import ppo_continuous as ppo
 
@@ -46,7 +47,7 @@ gym.register("Counting-v0", Counting)
 def collect(envs, args, action_space, obs_dim, rollouts):
     """Rows of several rollouts end to end, and the episodes they report."""
     torch.manual_seed(0)
-    agent = ppo.Agent(obs_dim, action_space.shape[0], args)
+    agent = ppo.Agent(spaces(obs_dim, *action_space.shape), args)
     running = ppo.start_episodes(envs, args.num_envs, args.seed)
     parts, episodes = [], []
     for k in range(rollouts):
@@ -140,7 +141,7 @@ def test_gymnasium_time_limit_is_a_truncation():
 def test_log_probabilities_belong_to_the_unclipped_actions():
     args = ppo.Args(env_id="Counting-v0", num_envs=4, num_steps=32, norm_reward=False)
     torch.manual_seed(0)
-    agent = ppo.Agent(4, 1, args)
+    agent = ppo.Agent(spaces(4, 1), args)
     envs = ppo.GymnasiumEnvs(args)
     running = ppo.start_episodes(envs, 4, 1)
     rows, _ = ppo.rollout(envs, agent, running, Counting.action_space, args, 0)
@@ -244,7 +245,7 @@ def test_constant_observations_and_rewards_leave_finite_parameters(tmp_path, rew
 def test_the_three_kinds_of_sigma(tmp_path, std_type):
     settings = ["--std-type", std_type, "--log-std-init", "-0.5", "--no-compile"]
     folder = run(tmp_path, "--env-id", "Hopper-v4", "--total-timesteps", "1024", *settings)
-    agent = ppo.Agent(11, 3, ppo.Args(std_type=std_type))
+    agent = ppo.Agent(spaces(11, 3), ppo.Args(std_type=std_type))
     agent.load_state_dict(model(folder))
     _, log_std = agent.policy(torch.randn(5, 11))
     assert torch.equal(log_std, torch.full((5, 3), -0.5)) == (std_type == "fixed")  # the others have learnt
