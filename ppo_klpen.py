@@ -516,7 +516,7 @@ def rollout(envs, agent: Agent, running: dict, action_space: gym.spaces.Box, arg
     Returns rows, CPU tensors [T, N, ...], each row one real transition, and the episodes that finished as
     tuples (global_step, return, length). Raises FloatingPointError on a nan or inf from an environment.
     """
-    T, N, O, A = args.num_steps, args.num_envs, running["obs"].shape[1], action_space.shape[0]
+    T, N, O, A = args.num_steps, args.num_envs, running["obs"].shape[1], math.prod(action_space.shape)
     device = agent.obs_rms.shift.device
     rows = {
         "obs": torch.empty(T, N, O),

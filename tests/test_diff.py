@@ -17,10 +17,11 @@ BANNER = "# " + "=" * 102
 # Which sections each script shares with the base, and how many lines it may change in all of it.
 SHARED = {
     "ppo_klpen.py": "Environments, Agent, Rollout, Update, Checkpoint",
+    "vmpo.py": "Checkpoint",
     "hppo_hybrid.py": "Update, Checkpoint",
     "ppo_multidiscrete_joint_loss.py": "Update, Checkpoint",
 }
-BUDGET = {"ppo_klpen.py": 90, "hppo_hybrid.py": 150, "ppo_multidiscrete_joint_loss.py": 150}
+BUDGET = {"ppo_klpen.py": 90, "vmpo.py": 320, "hppo_hybrid.py": 150, "ppo_multidiscrete_joint_loss.py": 150}
 OWN = {"hppo_hybrid.py": ["Environments"], "ppo_multidiscrete_joint_loss.py": ["Environments", "Agent"]}  # not counted
 SECTIONS = "Header, Args, Environments, Agent, Rollout, Advantages, Loss, Update, Checkpoint, main".split(", ")
 
