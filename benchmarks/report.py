@@ -414,11 +414,53 @@ def joint_loss_microrts(rows: list[dict], curves: list[dict], figures: Path) -> 
     return "\n".join([*lines, "", "![MicroRTS](benchmarks/figures/joint_loss_microrts.png)"])
 
 
+# --- vmpo: beside PPO, and which of its parts matter ------------------------------------------------------------------
+
+PAIR = {"vmpo": BLUE, "ppo_continuous": ORANGE}
+
+
+def vmpo(rows: list[dict], curves: list[dict], figures: Path) -> str:
+    both = sorted({r["env_id"] for r in rows if r["setting"] == "ppo_continuous"})
+    alone = sorted({r["env_id"] for r in rows if r["setting"] == "vmpo"} - set(both))
+    parts, pictures = [], []
+    if alone:
+        lines = ["| softmax policy, 0.5M steps | score | greedy return | seeds |", "|---|---|---|---|"]
+        for env_id in alone:
+            cells = [cell(rows, "vmpo", env_id, column) for column in ("score", "eval_return")]
+            lines.append(f"| {env_id} | {' | '.join(cells)} | {len(values_of(rows, 'vmpo', env_id))} |")
+        parts.append(lines)
+        chosen = [c for c in curves if c["setting"] == "vmpo" and c["env_id"] in alone]
+        curves_figure(chosen, rows, {"vmpo": BLUE}, figures / "vmpo_softmax.png")
+        pictures.append("softmax")
+    if both:
+        lines = ["| Gaussian policy, 3M steps | vmpo.py | ppo_continuous.py | seeds |", "|---|---|---|---|"]
+        for env_id in both:
+            cells = [cell(rows, setting, env_id) for setting in PAIR]
+            seeds = " and ".join(str(len(values_of(rows, setting, env_id))) for setting in PAIR)
+            lines.append(f"| {env_id} | {' | '.join(cells)} | {seeds} |")
+        parts.append(lines)
+        chosen = [c for c in curves if c["setting"] in PAIR and c["env_id"] in both]
+        curves_figure(chosen, rows, PAIR, figures / "vmpo_gaussian.png")
+        pictures.append("gaussian")
+    ablated = ordered(r["setting"] for r in rows if r["setting"].endswith("-1M"))
+    if ablated:
+        env_ids = sorted({r["env_id"] for r in rows if r["setting"] in ablated})
+        lines = [f"| 1M steps | {' | '.join(env_ids)} |", "|---" * (1 + len(env_ids)) + "|"]
+        lines += [f"| {s.removesuffix('-1M')} | {' | '.join(cell(rows, s, e) for e in env_ids)} |" for s in ablated]
+        parts.append(lines)
+    longest = [c for c in curves if c["setting"].endswith("-20M")]
+    if longest:
+        colours = {f"{setting}-20M": colour for setting, colour in PAIR.items()}
+        curves_figure(longest, rows, colours, figures / "vmpo_20M.png")
+        pictures.append("20M")
+    parts.append([f"![{name}](benchmarks/figures/vmpo_{name}.png)" for name in pictures])
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 
-REPORTS = {
-    report.__name__: report for report in (ppo_continuous, ppo_table1, hppo, joint_loss_mujoco, joint_loss_microrts)
-}
+SWEEPS = (ppo_continuous, ppo_table1, hppo, joint_loss_mujoco, joint_loss_microrts, vmpo)
+REPORTS = {report.__name__: report for report in SWEEPS}
 
 
 def replace_block(text: str, name: str, block: str) -> str:

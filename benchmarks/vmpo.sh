@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# vmpo.py: softmax policies on three tasks, 5 seeds; Gaussian ones on five, 3 seeds and 3M steps, beside ppo_continuous.py
+# with the same rollout and network; which of its parts matter, on two of them, 1M steps; and one long pair.
+# Kill it when you like and start it again. Flags go to the runner: --jobs 8, --dry-run, --cluster auto.
+#
+#     pip install -r benchmarks/requirements.txt && benchmarks/vmpo.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+continuous="Hopper-v4 Walker2d-v4 HalfCheetah-v4 Ant-v4 Humanoid-v4"
+
+{
+    for seed in 1 2 3 4 5; do
+        for env in CartPole-v1 Acrobot-v1 LunarLander-v3; do
+            echo "python vmpo.py --env-id $env --seed $seed --total-timesteps 500000 --device cpu"
+        done
+    done
+    for seed in 1 2 3; do
+        for env in $continuous; do
+            for script in vmpo ppo_continuous; do
+                echo "python $script.py --env-id $env --seed $seed --total-timesteps 3000000 --device cpu"
+            done
+        done
+    done
+    for seed in 1 2 3; do
+        for env in Hopper-v4 HalfCheetah-v4; do
+            ablation() {  # name of the setting, flags
+                local name=$1
+                shift
+                echo "python vmpo.py --env-id $env --seed $seed --device cpu --exp-name $name-1M $*"
+            }
+            ablation default
+            ablation all-samples --no-top-half
+            ablation coupled --kl coupled
+            for period in 1 10 100; do ablation "period-$period" --target-period "$period"; done
+            for epochs in 1 4 16; do ablation "epochs-$epochs" --update-epochs "$epochs"; done
+            ablation popart --popart
+            ablation nstep --advantage nstep
+        done
+    done
+    for script in vmpo ppo_continuous; do
+        echo "python $script.py --env-id Ant-v4 --total-timesteps 20000000 --device cpu --exp-name $script-20M"
+    done
+} | nice -n 19 python benchmarks/runner.py --name vmpo "$@"
+case " $* " in *" --dry-run "*) exit ;; esac
+python benchmarks/report.py vmpo
