@@ -494,7 +494,7 @@ class Agent(nn.Module):
 
     def __init__(self, env: gym.Env, args: Args):
         super().__init__()
-        space, self.memory_dim = env.env.action_space if args.recurrent else env.action_space, MEMORY * args.recurrent
+        space, self.recurrent = env.env.action_space if args.recurrent else env.action_space, args.recurrent
         [obs_dim], self.discrete = env.observation_space.shape, not isinstance(space, gym.spaces.Box)
         choices = getattr(space, "nvec", getattr(space, "n", np.ones(space.shape))).reshape(-1, 1)
         absent = torch.from_numpy(np.arange(choices.max()) >= choices)  # [A, n]
@@ -504,7 +504,6 @@ class Agent(nn.Module):
         duals[1:] = 5.0 if self.discrete else 1.0
         self.duals = nn.Parameter(duals.expm1().log() if args.dual_parameterisation == "softplus" else duals)
         self.value_rms = RunningMeanStd()  # V's unit, with PopArt
-        self.register_buffer("is_memory", torch.arange(obs_dim) >= obs_dim - self.memory_dim, persistent=False)
         self.norm_obs = args.norm_obs
         self.obs_rms = RunningMeanStd(obs_dim)
         if args.recurrent:
@@ -527,17 +526,16 @@ class Agent(nn.Module):
         if not self.norm_obs:
             return obs
         scaled = ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10)
-        return torch.where(self.is_memory, obs, scaled)
+        return torch.cat([scaled[..., :-MEMORY], obs[..., -MEMORY:]], -1) if self.recurrent else scaled
 
     def remember(self, obs: torch.Tensor, done: torch.Tensor | None = None):
         """Normalised obs [B, O] -> what the networks read, and the core's new state. The core goes on from the state in
         each row; with done [B, T] it runs over obs [B, T, O] from the first row's, and from 0 after each done."""
-        inputs, memory = obs.split([obs.shape[-1] - self.memory_dim, self.memory_dim], -1)
-        if not self.memory_dim:
-            return inputs, memory
-        steps = 1 if done is None else done.shape[1]
+        if not self.recurrent:
+            return obs, None
+        steps, memory = 1 if done is None else done.shape[1], obs[..., -MEMORY:]
         state, states = memory.reshape(-1, steps, MEMORY)[:, 0], []
-        for t, encoded in enumerate(self.encoder(inputs).reshape(-1, steps, 64).unbind(1)):
+        for t, encoded in enumerate(self.encoder(obs[..., :-MEMORY]).reshape(-1, steps, 64).unbind(1)):
             state = state * ~done[:, t - 1 : t] if t > 0 else state
             state = torch.cat(self.core(encoded, state.chunk(2, -1)), -1)
             states.append(state)
@@ -582,8 +580,10 @@ def act(agent: Agent, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     inputs, memory = agent.remember(agent.normalize(obs))
     policy = agent.policy(inputs)
     if agent.discrete:
-        return torch.cat([(policy + noise).argmax(-1), memory], -1)
-    return torch.cat([torch.addcmul(policy[..., 0], policy[..., 1].exp(), noise), memory], -1)
+        actions = (policy + noise).argmax(-1)
+    else:
+        actions = torch.addcmul(policy[..., 0], policy[..., 1].exp(), noise)
+    return torch.cat([actions, memory], -1) if agent.recurrent else actions
 
 
 def draw_noise(agent: Agent, *shape: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """vmpo.py: each term of its loss against float64 formulas written out here, its target network, PopArt and memory."""
 
 import csv
+import json
 import math
 import os
 import signal
@@ -591,8 +592,9 @@ def test_memory_solves_what_none_can_without(tmp_path):
     for flag in ("--recurrent", "--no-recurrent"):
         folder = run(tmp_path / flag, *RECALL.split(), flag)
         returns = [float(row["return"]) for row in csv.DictReader(open(folder / "episodes.csv"))]
-        results[flag] = np.mean(returns[-1000:])
-    assert results["--recurrent"] > 0.95 and 0.44 < results["--no-recurrent"] < 0.56
+        greedy = json.loads((folder / "result.json").read_text())["eval_returns"]
+        results[flag] = np.mean(returns[-1000:]), np.mean(greedy)
+    assert min(results["--recurrent"]) > 0.95 and max(results["--no-recurrent"]) < 0.6
 
 
 def test_a_recurrent_run_resumes_to_the_bit(tmp_path):
