@@ -17,6 +17,7 @@ import pytest
 import torch
 from moviepy import VideoFileClip
 from test_checkpoint import KILLER, assert_same_outcome, only, scalars
+from test_equations import spaces
 from torch.distributions import Categorical, Normal
 
 import hppo_hybrid as hppo
@@ -186,7 +187,7 @@ def test_with_one_choice_an_update_is_that_of_ppo_continuous(norm_adv, loss, par
     settings = {"norm_adv": norm_adv, "ent_coef": 0.01, "clip_vloss": True}
     args, agent = agent_of([[1, 1]], encoder_sizes=(64, 64), shared_encoder=False, loss=loss, **settings)
     args.parameters, base_args = parameters, ppo_continuous.Args(**settings)
-    base = ppo_continuous.Agent(3, 2, base_args)
+    base = ppo_continuous.Agent(spaces(3, 2), base_args)
     for target, source in [(agent.encoders[1], base.actor), (agent.encoders[2], base.critic[:-1])]:
         target.load_state_dict(source.state_dict())
     for name in ("actor_mean", "actor_logstd"):
