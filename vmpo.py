@@ -144,7 +144,7 @@ class Args:
     log_std_init: float = 0.0
     """log sigma at the start"""
     recurrent: bool = False
-    """an LSTM ahead of the networks, fed with last action and reward; uncompiled"""
+    """an LSTM ahead of the networks, fed with last action and reward; compiled up to 32 steps"""
     norm_obs: bool = True
     """give observations mean 0 and variance 1, clip to [-10, 10]"""
     norm_reward: bool = True
@@ -882,7 +882,7 @@ def compile_update(agent: Agent, optimizer: dict, coefs: dict, batch: dict, args
     """update_step bound to agent and args, and compiled, by running it once on `batch`. Where that fails, for want of a
     C++ compiler say, one line tells why and the plain function is returned."""
     step = functools.partial(update_step, agent=agent, args=args)
-    if not args.compile or args.recurrent:  # the graph of an unrolled core would take minutes to compile
+    if not args.compile or args.recurrent and args.num_steps > 32:  # a core of 32 steps compiles for 2 minutes
         return step
     cuda = optimizer["theta"].is_cuda
     if cuda:
