@@ -424,7 +424,7 @@ def vmpo(rows: list[dict], curves: list[dict], figures: Path) -> str:
     alone = sorted({r["env_id"] for r in rows if r["setting"] == "vmpo"} - set(both))
     parts, pictures = [], []
     if alone:
-        lines = ["| softmax policy, 0.5M steps | score | greedy return | seeds |", "|---|---|---|---|"]
+        lines = ["| softmax policy, 0.5M steps, LunarLander 1M | score | greedy return | seeds |", "|---|---|---|---|"]
         for env_id in alone:
             cells = [cell(rows, "vmpo", env_id, column) for column in ("score", "eval_return")]
             lines.append(f"| {env_id} | {' | '.join(cells)} | {len(values_of(rows, 'vmpo', env_id))} |")

@@ -11,7 +11,9 @@ continuous="Hopper-v4 Walker2d-v4 HalfCheetah-v4 Ant-v4 Humanoid-v4"
 {
     for seed in 1 2 3 4 5; do
         for env in CartPole-v1 Acrobot-v1 LunarLander-v3; do
-            echo "python vmpo.py --env-id $env --seed $seed --total-timesteps 500000 --device cpu"
+            flags="--total-timesteps 500000"
+            if [ "$env" = LunarLander-v3 ]; then flags="--total-timesteps 1000000 --gamma 0.999"; fi
+            echo "python vmpo.py --env-id $env --seed $seed $flags --device cpu"
         done
     done
     for seed in 1 2 3; do
