@@ -128,7 +128,7 @@ class Args:
     clip_coef: float = 0.2
     """how far a batch may change a value, with clip_vloss"""
     clip_vloss: bool = False
-    """clip the change of the value, which keeps V behind where advantages are not clipped"""
+    """clip the change of the value, as PPO does; here V then lags behind"""
     ent_coef: float = 0.0
     """c_e, weight of the entropy"""
     vf_coef: float = 0.5

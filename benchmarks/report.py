@@ -215,7 +215,7 @@ def curves_figure(curves: list[dict], rows: list[dict], colours: dict, path: Pat
             centre, std = peers[env_id]
             axis.axhline(centre, color=RED, ls="--", lw=1.2, label="CleanRL at the end")
             axis.axhspan(centre - std, centre + std, color=RED, alpha=0.12, lw=0)
-        axis.set_title(f"{env_id}, {len(seeds)} seeds", fontsize=10)
+        axis.set_title(f"{env_id}, {len(seeds)} seed{'s' * (len(seeds) != 1)}", fontsize=10)
         axis.set(xlabel="environment steps (millions)", xlim=(0, None))
         tidy(axis)
     for row_axes in axes:
@@ -315,12 +315,13 @@ def scores_figure(normalised: dict, path: Path):
     threshold = np.linspace(-0.2, 1, 241)
     for setting in (s for s in BEST_OF_KIND if s in normalised):
         strata, colour = normalised[setting], BEST_OF_KIND[setting]
+        label = f"{setting}, {sum(map(len, strata))} runs"
         above = [(s[:, None] >= threshold).astype(float) for s in strata]
         low, high = interval(above, mean)
         right.fill_between(threshold, low, high, color=colour, alpha=0.15, lw=0, step="post")
-        right.step(threshold, mean(*above, axis=0), color=colour, where="post", label=setting)
+        right.step(threshold, mean(*above, axis=0), color=colour, where="post", label=label)
     right.set(xlabel="normalised score τ", ylabel="fraction of runs with a score of at least τ", ylim=(0, 1.02))
-    right.legend(frameon=False, loc="lower left", title=f"{sum(map(len, next(iter(normalised.values()))))} runs each")
+    right.legend(frameon=False, loc="lower left")
     for axis in (left, right):
         tidy(axis)
     save(fig, path)
