@@ -321,7 +321,7 @@ def scores_figure(normalised: dict, path: Path):
         right.fill_between(threshold, low, high, color=colour, alpha=0.15, lw=0, step="post")
         right.step(threshold, mean(*above, axis=0), color=colour, where="post", label=label)
     right.set(xlabel="normalised score τ", ylabel="fraction of runs with a score of at least τ", ylim=(0, 1.02))
-    right.legend(frameon=False, loc="lower left")
+    right.legend(frameon=False, loc="center")
     for axis in (left, right):
         tidy(axis)
     save(fig, path)
