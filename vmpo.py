@@ -174,7 +174,7 @@ class Args:
     eval: str | None = None
     """only evaluate the run in this folder"""
     eval_episodes: int = 10
-    """episodes with the mean action, after training or for --eval"""
+    """greedy episodes, after training or for --eval"""
     capture_video: bool = False
     """film the evaluation, videos/*/*.mp4 in the run's folder"""
 
@@ -600,7 +600,7 @@ def start_episodes(envs, num_envs: int, seed: int) -> dict:
     return {"obs": obs, "episode_return": zeros, "episode_length": zeros.copy(), "discounted_return": zeros.copy()}
 
 
-def rollout(envs, agent: Agent, running: dict, action_space: gym.spaces.Box, args: Args, global_step: int):
+def rollout(envs, agent: Agent, running: dict, action_space: gym.Space, args: Args, global_step: int):
     """T steps of N environments; `running` is carried forward in place.
 
     Returns rows, CPU tensors [T, N, ...], each row one real transition, and the episodes that finished as
@@ -646,20 +646,20 @@ def rollout(envs, agent: Agent, running: dict, action_space: gym.spaces.Box, arg
 # ======================================================================================================
 
 
-def scale_rewards(rewards, done, running: dict, rms: RunningMeanStd, gamma: float) -> np.ndarray:
+def scale_rewards(rewards, done, running: dict, rms: RunningMeanStd, gamma) -> np.ndarray:
     """Rewards [T, N] over the standard deviation of the discounted return, which starts again at `done`; one
     scale for the whole rollout."""
     discounted = np.empty_like(rewards)
     carry = running["discounted_return"]
     for t in range(len(rewards)):
-        discounted[t] = carry = gamma * carry + rewards[t]
-        carry = carry * ~done[t]
+        discounted[t] = carry + rewards[t]
+        carry = gamma * discounted[t] * ~done[t]
     running["discounted_return"] = carry
     rms.update(torch.from_numpy(discounted))
     return np.clip(rewards * rms.scale.item(), -10, 10)
 
 
-def gae(rewards, values, next_values, terminated, done, gamma: float, gae_lambda: float) -> np.ndarray:
+def gae(rewards, values, next_values, terminated, done, gamma, gae_lambda: float) -> np.ndarray:
     """Generalised advantage estimates, arrays [T, N] throughout (Schulman et al. 2016, arXiv:1506.02438).
 
     delta_t = r_t + gamma (1 - terminated_t) V(next_obs_t) - V(obs_t)
@@ -1128,7 +1128,7 @@ def start_tracking(args: Args, run_dir: Path):
 
 
 def evaluate(agent: Agent, args: Args, run_dir: Path, stop) -> dict:
-    """Undiscounted returns of episodes with the mean action, on gymnasium, all statistics frozen; the rate of success
+    """Undiscounted returns of greedy episodes, on gymnasium, all statistics frozen; the rate of success
     too, where the info tells is_success."""
     env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     if args.capture_video:
@@ -1150,10 +1150,8 @@ def evaluate(agent: Agent, args: Args, run_dir: Path, stop) -> dict:
         return {}
     result = {"eval_returns": returns, **({"eval_success": float(np.mean(successes))} if successes else {})}
     success = f", success {result['eval_success']:.1%}" if successes else ""
-    print(
-        f"evaluation: {len(returns)} greedy episodes, return {np.mean(returns):.1f} +- {np.std(returns):.1f}{success}"
-    )
-    print("  " + " ".join(f"{value:.1f}" for value in returns))
+    print(f"evaluation: {len(returns)} episodes, return {np.mean(returns):.2f} +- {np.std(returns):.2f}{success}")
+    print("  " + " ".join(f"{value:.2f}" for value in returns))
     if args.capture_video:
         print(f"  videos in {folder}")
     return result
@@ -1262,7 +1260,7 @@ def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_req
             writer.add_scalar("charts/SPS", sps, global_step)
             for name, value in {**metrics, "explained_variance": explained_variance}.items():
                 writer.add_scalar(f"losses/{name}", value, global_step)
-            last = "no episode yet" if math.isnan(last_return) else f"last return {last_return:.1f}"
+            last = "no episode yet" if math.isnan(last_return) else f"last return {last_return:.2f}"
             bar.set_description_str(f"{sps:,} SPS, {last}", refresh=False)
             bar.update(batch_size)
             if iteration % args.checkpoint_every == 0 or iteration == iterations or stop_requested():

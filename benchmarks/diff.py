@@ -44,6 +44,7 @@ def show(a: Path, b: Path, colour: bool):
     paint = {"-": "\033[31m", "+": "\033[32m", "@": "\033[36m", "#": "\033[1m"} if colour else {}
     old, new = sections(a), sections(b)
     total = 0
+    above = {name: sum(len(lines) + 2 for lines in list(old.values())[:k]) for k, name in enumerate(old)}
     for name in dict.fromkeys([*old, *new]):
         lines = old.get(name, []), new.get(name, [])
         count = changed(*lines)
@@ -51,7 +52,7 @@ def show(a: Path, b: Path, colour: bool):
         out = [f"# {name}: {f'{count} lines differ' if count else 'same'}"]
         matcher = difflib.SequenceMatcher(None, *lines, autojunk=False)
         for group in matcher.get_grouped_opcodes(n=3) if count else []:
-            out.append(f"@ {a.name}, line {group[0][1] + 1} of the section")
+            out.append(f"@ {a.name}, line {above.get(name, 0) + group[0][1] + 1}")
             for tag, i1, i2, j1, j2 in group:
                 if tag == "equal":
                     out += [f"  {line}" for line in lines[0][i1:i2]]
@@ -64,7 +65,7 @@ def show(a: Path, b: Path, colour: bool):
 def table() -> str:
     """Markdown: for every section of the base what each of the other scripts does to it."""
     base = sections(ROOT / BASE)
-    others = {name: sections(ROOT / name) for name in OTHERS if (ROOT / name).exists()}
+    others = {name: sections(ROOT / name) for name in OTHERS}
     rows = [["section", "lines", *(f"`{name}`" for name in others)], ["---"] * (len(others) + 2)]
     for name, lines in base.items():
         counts = [changed(lines, other.get(name, [])) for other in others.values()]

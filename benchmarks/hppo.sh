@@ -23,6 +23,4 @@ for seed in 1 2 3 4 5; do
             echo "python hppo_hybrid.py --env-id $env --seed $seed $run $flags"
         done
     done
-done | nice -n 19 python benchmarks/runner.py --name hppo "$@"
-case " $* " in *" --dry-run "*) exit ;; esac
-python benchmarks/report.py hppo
+done | nice -n 19 python benchmarks/runner.py --name hppo --report "$@"

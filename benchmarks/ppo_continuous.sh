@@ -13,5 +13,4 @@ for seed in 1 2 3 4 5 6 7 8 9 10; do
             echo "python ppo_continuous.py --env-id $env --seed $seed --device cpu"
         fi
     done
-done | nice -n 19 python benchmarks/runner.py --name ppo_continuous "$@"
-case " $* " in *" --dry-run "*) ;; *) python benchmarks/report.py ppo_continuous ;; esac
+done | nice -n 19 python benchmarks/runner.py --name ppo_continuous --report "$@"

@@ -4,6 +4,7 @@ python benchmarks/random_policy.py HalfCheetah-v4 Hopper-v4      # writes result
 """
 
 import csv
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -45,10 +46,12 @@ def main(env_ids: list[str]):
                 "mean": f"{totals.mean():.3f}",
                 "std": f"{totals.std():.3f}",
             }
-    with open(RESULTS, "w") as file:
+    temporary = RESULTS.with_suffix(".tmp")
+    with open(temporary, "w") as file:
         writer = csv.DictWriter(file, ["env_id", "episodes", "mean", "std"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[env_id] for env_id in sorted(rows))
+    os.replace(temporary, RESULTS)  # the old rows or the new, whatever happens
 
 
 if __name__ == "__main__":

@@ -10,20 +10,24 @@ takes the finished runs under runs/ppo_table1 (those that are there: rows of ear
 and from these two files alone draws figures/ppo_table1_*.png and writes the block of README.md between the comments
 `begin ppo_table1` and `end ppo_table1`. The same inputs give the same bytes.
 
-A run's score is the mean return of its last 100 training episodes. Statistics over runs follow Agarwal et al. 2021
-(arXiv:2108.13264): the interquartile mean, and 95 % percentile bootstrap intervals that resample the seeds of each
-environment separately (2,000 resamples). They are scipy's trim_mean and bootstrap: rliable 1.2.0 asks for arch, which
-brings statsmodels and pandas, for the same numbers.
+A run's score is the mean return of its last 100 training episodes; its seconds and sps are those of the training
+alone, on whatever machine, with whatever beside it. Statistics over runs follow Agarwal et al. 2021 (arXiv:2108.13264):
+the interquartile mean, and 95 % percentile bootstrap intervals that resample the seeds of each environment separately
+(2,000 resamples). They are scipy's trim_mean and bootstrap: rliable 1.2.0 asks for arch, which brings statsmodels and
+pandas, for the same numbers. With few seeds mind what they are: of 3 the interquartile mean is the mean, and the
+interval their range, which holds the true mean in 3 cases of 4 (7 environments x 3 seeds together: in 6 of 7).
 """
 
 import csv
 import gzip
 import io
 import json
+import os
 import re
 import shlex
 import sys
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import matplotlib
@@ -69,7 +73,7 @@ def read_run(folder: Path) -> tuple[dict, dict]:
         "steps": str(result["global_step"]),
         "seconds": f"{result['seconds']:.0f}",
         "sps": f"{result['global_step'] / result['seconds']:.0f}",
-        "backend": args["backend"],
+        "backend": args.get("backend", ""),
         "device": config["device"],
         "torch": config["versions"]["torch"],
         "git_commit": config["git_commit"] or "",
@@ -83,6 +87,18 @@ def read_run(folder: Path) -> tuple[dict, dict]:
     return row, curve
 
 
+def fail(message: str):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def replace_file(path: Path, data: bytes):
+    """Write a file so that at any moment either the old or the new one is there, whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
 def write_csv(path: Path, rows: list[dict]):
     text = io.StringIO()
     columns = dict.fromkeys(name for row in rows for name in row)
@@ -90,7 +106,7 @@ def write_csv(path: Path, rows: list[dict]):
     writer.writeheader()
     writer.writerows(rows)
     data = text.getvalue().encode()
-    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    replace_file(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def read_csv(path: Path) -> list[dict]:
@@ -105,22 +121,36 @@ def natural(text: str) -> list:
     return [(0, float(part)) if re.match(r"\d", part) else (1, part) for part in re.split(r"(\d+(?:\.\d+)?)", text)]
 
 
+def key_of(row: dict) -> tuple[str, str, str]:
+    return row["setting"], row["env_id"], row["seed"]
+
+
 def collect(name: str, runs: Path) -> tuple[list[dict], list[dict]]:
     """Rows and curves of the committed results and of the finished runs, which are written back."""
     paths = HERE / f"results/{name}.csv", HERE / f"results/{name}_curves.csv.gz"
-    found = [read_run(path.parent) for path in (runs / name).glob("*/[!.]*/result.json")]
-    tables = []
-    for path, new in zip(paths, [[row for row, _ in found], [curve for _, curve in found]]):
-        merged = {(r["setting"], r["env_id"], r["seed"]): r for r in read_csv(path) + new}
-        rows = sorted(merged.values(), key=lambda r: (natural(r["setting"]), r["env_id"], int(r["seed"])))
-        if not rows:
-            print(f"error: {name}: no results yet, and no finished run under {runs / name}", file=sys.stderr)
-            raise SystemExit(2)
-        path.parent.mkdir(exist_ok=True)
-        if new:
-            write_csv(path, rows)
-        tables.append(rows)
-    return tables[0], tables[1]
+    found = [read_run(path.parent) for path in sorted((runs / name).glob("*/[!.]*/result.json"))]
+    for key, same in groupby(sorted(found, key=lambda run: key_of(run[0])), lambda run: key_of(run[0])):
+        commands = sorted({row["command"] for row, _ in same})
+        if len(commands) > 1:
+            fail(f"{name}: {' '.join(key)} was run in different ways, {' and '.join(commands)}; keep one of them")
+    rows, curves = (
+        {key_of(r): r for r in read_csv(path) + new}
+        for path, new in zip(paths, [[row for row, _ in found], [curve for _, curve in found]])
+    )
+    if not rows:
+        fail(f"{name}: no results yet, and no finished run under {runs / name}")
+    keys = sorted(rows, key=lambda key: (natural(key[0]), key[1], int(key[2])))
+    tables = [rows[key] for key in keys], [curves[key] for key in keys if key in curves]
+    for (setting, env_id), same in groupby(tables[0], lambda r: (r["setting"], r["env_id"])):
+        commands = {re.sub(r"--seed \d+", "--seed N", row["command"]) for row in same}
+        if len(commands) > 1:  # a committed row is from before the sweep's flags were changed
+            print(
+                f"notice: the seeds of {setting}, {env_id} differ in their flags: {sorted(commands)}", file=sys.stderr
+            )
+    paths[0].parent.mkdir(exist_ok=True)
+    for path, table in zip(paths, tables):
+        write_csv(path, table)
+    return tables
 
 
 def ordered(values) -> list:
@@ -182,7 +212,9 @@ def tidy(axis):
 def save(fig, path: Path):
     path.parent.mkdir(exist_ok=True)
     fig.tight_layout()
-    fig.savefig(path, dpi=110, metadata={"Software": None})
+    picture = io.BytesIO()
+    fig.savefig(picture, dpi=110, metadata={"Software": None})
+    replace_file(path, picture.getvalue())
     plt.close(fig)
 
 
@@ -292,7 +324,8 @@ def ppo_table1(rows: list[dict], curves: list[dict], figures: Path) -> str:
     figures_md = [f"![{n}](benchmarks/figures/ppo_table1_{n}.png)" for n in ("scores", "curves")]
     total = 3 * 7 * len(TABLE1)
     partial = [f"So far {len(rows)} of the {total} runs are done.", ""] if len(rows) < total else []
-    return "\n".join([*partial, *lines, "", *raw, "", *figures_md])
+    caption = "Returns behind these scores, mean ± standard deviation over the seeds:"
+    return "\n".join([*partial, *lines, "", caption, "", *raw, "", *figures_md])
 
 
 def precision(value: float) -> int:
@@ -306,13 +339,20 @@ def scores_figure(normalised: dict, path: Path):
     for k, (setting, strata) in enumerate(normalised.items()):
         low, high = interval(strata, mean)
         left.plot([low, high], [k, k], color=colour_of(setting), lw=5, alpha=0.4, solid_capstyle="butt")
-        left.plot(mean(*strata), k, "o", color=colour_of(setting), label="ours, 95 % interval" if k == 1 else None)
-        left.plot(TABLE1[setting], k, "D", mfc="none", color="black", ms=5, label="paper" if k == 1 else None)
+        left.plot(
+            mean(*strata),
+            k,
+            "o",
+            color=colour_of(setting),
+            label=None if k else "ours" if np.isnan(low) else "ours, 95 % interval",
+        )
+        left.plot(TABLE1[setting], k, "D", mfc="none", color="black", ms=5, label=None if k else "paper")
     left.set_yticks(range(len(normalised)), normalised)
     left.invert_yaxis()
     left.set_xlabel("normalised score, mean over all runs (random policy 0, best run 1)")
     left.legend(frameon=False, loc="lower left")
-    threshold = np.linspace(-0.2, 1, 241)
+    lowest = min(0, *(s.min() for strata in normalised.values() for s in strata))
+    threshold = np.linspace(lowest, 1, 241)
     for setting in (s for s in BEST_OF_KIND if s in normalised):
         strata, colour = normalised[setting], BEST_OF_KIND[setting]
         label = f"{setting}, {sum(map(len, strata))} runs"
@@ -333,7 +373,7 @@ def scores_figure(normalised: dict, path: Path):
 # environments are not these. Platform: the return in HyAR.
 HPPO = {
     "HybridMoving-v0": "90.5 ± 6.8",
-    "HybridCatchPoint-v0": "96.3 ± 4.8",
+    "HybridCatchPoint-v0": "96.3 ± 4.8 (HyAR: 69)",
     **{"HybridHardMove4-v0": "9", "HybridHardMove6-v0": "5", "HybridHardMove8-v0": "4", "HybridHardMove10-v0": "5"},
     "gym_platform:Platform-v0": "return 0.80",
 }
@@ -346,10 +386,8 @@ def hppo(rows: list[dict], curves: list[dict], figures: Path) -> str:
     lines = ["| environment | success, % | return | seeds | published H-PPO |", "|---|---|---|---|---|"]
     for env_id in env_ids:
         success = cell(rows, "separate-chosen", env_id, "eval_success", 100, 1)
-        score, seeds = (
-            cell(rows, "separate-chosen", env_id, "eval_return", 1, 3),
-            len(values_of(main, "separate-chosen", env_id)),
-        )
+        score = cell(rows, "separate-chosen", env_id, "eval_return", 1, 3)
+        seeds = len(values_of(main, "separate-chosen", env_id))
         lines.append(f"| {env_id} | {success} | {score} | {seeds} | {HPPO.get(env_id, '-')} |")
     compared = [e for e in env_ids if any(r["env_id"] == e and r["setting"] != "separate-chosen" for r in rows)]
     header = " | ".join(f"{e}: success, % | return" for e in compared)
@@ -375,7 +413,15 @@ def hppo(rows: list[dict], curves: list[dict], figures: Path) -> str:
 
 # --- joint_loss: joint, separate and mixed losses ---------------------------------------------------------------------
 
-# Song et al. 2023. At 1M steps nothing is published; at 3M, serial, read off a figure by eye.
+# Song et al. 2023, on the v3 environments. Table 3: 8 hours of asynchronous training, the number of steps not told, one
+# seed, one model's 100 episodes. The serial runs, 3M steps, are read off a figure by eye.
+TABLE3 = {
+    "Ant-v4": {"joint": 2955, "separate": 2495, "mix-ratio": 4585, "mix-loss": 4099},
+    "HalfCheetah-v4": {"joint": 5166, "separate": 5734, "mix-ratio": 8065, "mix-loss": 7931},
+    "Swimmer-v4": {"joint": 109, "separate": 108, "mix-ratio": 108, "mix-loss": 105},
+    "Hopper-v4": {"joint": 3290, "separate": 3166, "mix-ratio": 3071, "mix-loss": 3480},
+    "Walker2d-v4": {"joint": 2846, "separate": 3608, "mix-ratio": 4415, "mix-loss": 3583},
+}
 SERIAL = {
     "HalfCheetah-v4": {"joint": "4.5k", "separate": "-0.5k", "mix-ratio": "7.8k", "mix-loss": "5.5k"},
     "Walker2d-v4": {"joint": "4.9k", "separate": "0.35k", "mix-ratio": "5.3k", "mix-loss": "5.7k"},
@@ -387,6 +433,8 @@ def joint_loss_mujoco(rows: list[dict], curves: list[dict], figures: Path) -> st
     env_ids = sorted(ordered(r["env_id"] for r in rows))
     lines = [f"| 1M steps | {' | '.join(env_ids)} |", "|---" * (1 + len(env_ids)) + "|"]
     lines += [f"| {s} | {' | '.join(cell(rows, s, env_id) for env_id in env_ids)} |" for s in MIXES]
+    for s in (s for s in MIXES if s in TABLE3["Ant-v4"]):
+        lines.append(f"| the paper's Table 3, {s} | {' | '.join(str(TABLE3[env_id][s]) for env_id in env_ids)} |")
     curves_figure([c for c in curves if not c["setting"].endswith("-3M")], rows, MIXES, figures / "joint_loss_1M.png")
     lines += ["", "![1M](benchmarks/figures/joint_loss_1M.png)"]
     longer = [c for c in curves if c["setting"].endswith("-3M")]
@@ -401,18 +449,20 @@ def joint_loss_mujoco(rows: list[dict], curves: list[dict], figures: Path) -> st
 
 
 def joint_loss_microrts(rows: list[dict], curves: list[dict], figures: Path) -> str:
-    (env_id,) = ordered(r["env_id"] for r in rows)
-    settings = ordered(r["setting"] for r in rows)
-    lines = [
-        "| loss, clip | wins of the last 100 training games, % | of 100 greedy games, % | seeds |",
-        "|---|---|---|---|",
-    ]
-    for s in settings:
-        wins = [cell(rows, s, env_id, column, 100) for column in ("win_rate", "eval_success")]
-        lines.append(f"| {s} | {' | '.join(wins)} | {len(values_of(rows, s, env_id))} |")
+    parts = []
+    for env_id in ordered(r["env_id"] for r in rows):
+        here = [r for r in rows if r["env_id"] == env_id]
+        lines = [
+            f"| {env_id}: loss, clip | wins of the last 100 training games, % | of 100 games at the end, % | seeds |"
+        ]
+        lines.append("|---" * 4 + "|")
+        for s in ordered(r["setting"] for r in here):
+            wins = [cell(here, s, env_id, column, 100) for column in ("win_rate", "eval_success")]
+            lines.append(f"| {s} | {' | '.join(wins)} | {len(values_of(here, s, env_id))} |")
+        parts += [*lines, ""]
     chosen = {f"{s}-0.2": c for s, c in MIXES.items() if s != "joint-0.3"}
     curves_figure(curves, rows, chosen, figures / "joint_loss_microrts.png")
-    return "\n".join([*lines, "", "![MicroRTS](benchmarks/figures/joint_loss_microrts.png)"])
+    return "\n".join([*parts, "![MicroRTS](benchmarks/figures/joint_loss_microrts.png)"])
 
 
 # --- vmpo: beside PPO, and which of its parts matter ------------------------------------------------------------------
@@ -468,19 +518,17 @@ def replace_block(text: str, name: str, block: str) -> str:
     """README text with what stands between the comments `begin NAME` and `end NAME` replaced."""
     begin, end = f"<!-- begin {name}: benchmarks/report.py {name} -->\n", f"<!-- end {name} -->"
     if text.count(begin) != 1 or text.count(end) != 1:
-        print(f"error: README.md has no {begin.strip()} ... {end}", file=sys.stderr)
-        raise SystemExit(2)
+        fail(f"README.md has no {begin.strip()} ... {end}")
     return text[: text.index(begin) + len(begin)] + block + "\n" + text[text.index(end) :]
 
 
 def main(args: Args):
     if args.name not in REPORTS:
-        print(f"error: {args.name}: must be one of {', '.join(REPORTS)}", file=sys.stderr)
-        raise SystemExit(2)
+        fail(f"{args.name}: must be one of {', '.join(REPORTS)}")
     rows, curves = collect(args.name, args.runs)
     readme = HERE.parent / "README.md"
     text = readme.read_text()
-    readme.write_text(replace_block(text, args.name, REPORTS[args.name](rows, curves, HERE / "figures")))
+    replace_file(readme, replace_block(text, args.name, REPORTS[args.name](rows, curves, HERE / "figures")).encode())
     print(f"{args.name}: {len(rows)} runs")
 
 

@@ -5,7 +5,7 @@
 
 Every command has a folder of its own, runs/NAME/{words of the command}__{hash}, a function of the command alone. It
 holds `log`, what the run printed, and the run's own folder. A run is finished when that has a result.json and was
-started by this very command, or when the committed results/NAME.csv has a row for it (delete the row to run it again).
+started by this very command, or when the committed results/NAME.csv has a row for it (--fresh runs it all the same).
 Finished runs are skipped, others resumed from their last checkpoint. A lock in each folder, which the training process
 inherits, keeps a second runner from running the same thing; it takes what is left, then waits for the first. Exit
 status: 0 when all are finished, 1 when one failed (the end of its log is shown), 2 for wrong input, 130 when stopped.
@@ -52,6 +52,10 @@ class Args:
     """parent folder of all sweeps"""
     jobs: int = 2
     """trainings at a time on this machine, one torch thread each"""
+    report: bool = False
+    """afterwards make results, figures and the README's block of what is finished: report.py NAME"""
+    fresh: bool = False
+    """run, too, what the committed results have"""
     dry_run: bool = False
     """list what would run and stop"""
     cluster: str | None = None
@@ -61,7 +65,7 @@ class Args:
     gpus: float = 0
     """GPUs that a run reserves on the cluster"""
     retries: int = 3
-    """times that a run is continued after its worker was lost"""
+    """times in a row, without a checkpoint between, that a run is continued after its worker was lost"""
 
 
 def fail(message: str):
@@ -331,6 +335,7 @@ def run_on_cluster(task, runs: list[Run], args: Args, show) -> list[Run]:
                 try:
                     status, files, output = ray.get(next(results))
                     write_files(run.home, files)
+                    losses[run] = 0
                 except ray.exceptions.RayError as error:
                     losses[run] += 1
                     status, output = "lost", f"\nthe worker was lost: {error}\n".encode()
@@ -351,7 +356,7 @@ def run_on_cluster(task, runs: list[Run], args: Args, show) -> list[Run]:
 def main(args: Args):
     try:
         runs = read_commands(sys.stdin, args.runs.resolve() / args.name)
-        done = committed(args.name)
+        done = set() if args.fresh else committed(args.name)
         left = [run for run in runs if run.command not in done and not run.finished()]
         if args.dry_run:
             for run in runs:
@@ -396,7 +401,8 @@ def main(args: Args):
         show(failed)
     for run in failed:
         print(f"failed: {run.command}\n  the end of {run.home / 'log'}:\n{run.log_end()}", file=sys.stderr)
-    if failed:
+    report = [sys.executable, HERE / "report.py", args.name, "--runs", args.runs]
+    if args.report and subprocess.run(report).returncode or failed:
         raise SystemExit(1)
 
 

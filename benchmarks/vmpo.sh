@@ -42,6 +42,4 @@ continuous="Hopper-v4 Walker2d-v4 HalfCheetah-v4 Ant-v4 Humanoid-v4"
     for script in vmpo ppo_continuous; do
         echo "python $script.py --env-id Ant-v4 --total-timesteps 20000000 --device cpu --exp-name $script-20M"
     done
-} | nice -n 19 python benchmarks/runner.py --name vmpo "$@"
-case " $* " in *" --dry-run "*) exit ;; esac
-python benchmarks/report.py vmpo
+} | nice -n 19 python benchmarks/runner.py --name vmpo --report "$@"

@@ -126,6 +126,13 @@ def test_wrong_arguments_are_one_line(argv):
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
+def test_the_readme_s_diff_is_the_tool_s():
+    block = (ROOT / "README.md").read_text().split("```diff\n")[1].split("```")[0]
+    command = [sys.executable, TOOL, BASE, ROOT / "ppo_klpen.py"]
+    assert block in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert block.startswith("# Loss: ") and "\n+ def adapt_beta" in block
+
+
 def test_the_readme_s_table_is_the_truth():
     table = diff("--table").stdout
     assert table.count("\n") == len(SECTIONS) + 3

@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, OneOf, Tuple
 from test_checkpoint import step_and_reset
 from test_cli import FLAT, IMAGE, Toy, only
 
@@ -95,11 +95,13 @@ def test_bounds_are_kept_in_float64_and_integers_are_rounded():
     np.testing.assert_allclose(counts / 20_000, [0.05, *[0.1] * 9, 0.05], atol=0.01)
 
 
-def test_without_a_mask_a_box_a_choice_is_its_own_and_any_other_number_is_for_all():
+def test_without_a_mask_a_tuple_s_box_a_choice_is_its_own_and_all_else_is_for_all():
     block = [[1] * 2 + [0] * 7, [0] * 2 + [1] * 6 + [0], [0] * 8 + [1]]
-    for kind, mask in [("gym-hybrid", np.ones((3, 2))), ("nested", block), ("flat", block), ("dict", block)]:
+    for kind, mask in [("gym-hybrid", np.ones((3, 2))), ("nested", block), ("flat", block), ("dict", np.ones((3, 9)))]:
         assert np.array_equal(hybrid_space(KINDS[kind]).mask, mask)
     assert hybrid_space(Tuple([HOW, A, C])).mask.all()
+    gears = Dict(gear=Discrete(2), steer=FLAT, throttle=FLAT)  # which a Dict sorts by name
+    assert hybrid_space(gears).mask.all()
     assert np.array_equal(hybrid_space(KINDS["gym-hybrid"], [[1, 0], [0, 1], [0, 0]]).mask, [[1, 0], [0, 1], [0, 0]])
 
 
@@ -107,6 +109,20 @@ class Own(Toy):
     """Toy with a mask of its own."""
 
     parameter_mask = np.array([[1, 0, 0], [0, 1, 1]])
+
+
+class Masked(Toy):
+    """Toy whose action_mask is a method, as that of gymnasium's Taxi."""
+
+    def action_mask(self, state):
+        raise AssertionError("its arguments are its own")
+
+
+class NoSeed(Toy):
+    """Toy of the days before reset had a seed."""
+
+    def reset(self):
+        raise AssertionError("it cannot come here")
 
 
 class Odd(Toy):
@@ -131,6 +147,9 @@ TWO = Tuple([Discrete(2), FLAT])
 register("Two", TWO)
 register("Own", TWO, env=Own)
 register("Odd", TWO, env=Odd)
+register("Masked", TWO, env=Masked)
+register("NoSeed", TWO, env=NoSeed)
+register("OneOf", OneOf([Discrete(2), FLAT]))
 register("Unbounded", Tuple([Discrete(2), Box(-np.inf, np.inf, (2,))]))
 register("HalfBounded", Tuple([Discrete(2), FLAT, Box(np.float32([0, 0]), np.float32([1, np.inf]))]))
 register("Inverted", Tuple([Discrete(2), inverted()]))
@@ -159,6 +178,8 @@ register("Image", TWO, IMAGE)
         ("--env-id HppoTwoDiscretes-v0", "one Discrete and Boxes"),
         ("--env-id HppoDeep-v0", "one Discrete and Boxes"),
         ("--env-id HppoDiscreteLast-v0", "must come first"),
+        ("--env-id HppoOneOf-v0", "one Discrete and Boxes"),
+        ("--env-id HppoNoSeed-v0", "--env-id HppoNoSeed-v0: "),
         ("--env-id HppoImage-v0", "(8, 8, 3)"),
         ("--env-id HppoOdd-v0", "(3,); needed is [2]"),
         ("--env-id HybridMovin-v0", "HybridMoving-v0"),
@@ -169,9 +190,9 @@ register("Image", TWO, IMAGE)
         ("--env-id HppoTwo-v0 --parameter-mask tests", "--parameter-mask tests: "),
         ("--env-id CartPole-v1 --hold 1 2", "--hold needs a Box"),
         ("--env-id HppoTwo-v0 --hold 1 2", "--hold needs a Box"),
-        ("--env-id HalfCheetah-v4 --hold 0 1", "--hold (0, 1)"),
+        ("--env-id HalfCheetah-v4 --hold 0 1", "error: --hold (0, 1): "),
         ("--env-id HalfCheetah-v4 --hold 2.5", "--hold"),
-        ("--encoder-sizes 0", "--encoder-sizes (0,)"),
+        ("--encoder-sizes 0", "error: --encoder-sizes (0,): "),
         ("--encoder-sizes 64 -1", "--encoder-sizes"),
         ("--encoder-sizes", "--encoder-sizes"),
         ("--loss both", "--loss"),
@@ -214,11 +235,11 @@ def test_the_parameter_mask_is_the_command_lines_or_the_environments(tmp_path):
     for env_id in ("HppoTwo-v0", "HppoOwn-v0"):
         for text in (json.dumps(mask), str(tmp_path / "mask.json")):
             assert found(env_id, parameter_mask=text) == mask
-    folder = tmp_path / "runs"
-    main(
-        parse_args([*SMALL, "--env-id", "HppoTwo-v0", "--parameter-mask", json.dumps(mask), "--runs-dir", str(folder)])
-    )
-    main(parse_args(["--eval", str(only(folder))]))  # the run's own mask is used again
+    assert not make_env(Args(env_id="HppoMasked-v0")).masks_choices
+    flags = [*SMALL, "--env-id", "HppoTwo-v0", "--parameter-mask", str(tmp_path / "mask.json")]
+    main(parse_args([*flags, "--runs-dir", str(tmp_path / "runs")]))
+    (tmp_path / "mask.json").unlink()
+    main(parse_args(["--eval", str(only(tmp_path / "runs"))]))  # the run has the mask, not the file's name
 
 
 # --- Observations -------------------------------------------------------------------------------------------------
@@ -310,6 +331,29 @@ gym.register("EchoAttribute-v0", EchoAttribute)
 gym.register("EchoVector-v0", Echo, vector_entry_point=EchoVector)
 
 
+class OwnResets(EchoVector):
+    """It takes the keyword and goes on resetting by itself."""
+
+    def __init__(self, num_envs, **kwargs):
+        super().__init__(num_envs, gym.vector.AutoresetMode.NEXT_STEP)
+
+
+def refuses(num_envs, autoreset_mode):
+    raise ValueError("another mode, please")
+
+
+@pytest.mark.parametrize("entry_point, says", [(OwnResets, "NEXT_STEP"), (refuses, "another mode, please")])
+def test_a_vector_environment_that_resets_by_itself_is_not_used(entry_point, says, capfd):
+    """Its rollouts would hold rows that join two episodes."""
+    gym.register("EchoOther-v0", Echo, vector_entry_point=entry_point)
+    try:
+        assert isinstance(make_envs(Args(env_id="EchoOther-v0", num_envs=2), 1), hppo.GymnasiumEnvs)
+    finally:
+        del gym.registry["EchoOther-v0"]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("notice: ") and says in line
+
+
 @pytest.mark.parametrize("env_id", ["EchoInfo-v0", "EchoAttribute-v0", "EchoVector-v0"])
 def test_masks_of_choices_travel_with_the_observations(env_id):
     args = Args(env_id=env_id, num_envs=3, num_steps=100, seed=3, encoder_sizes=(8,), norm_reward=False)
@@ -359,10 +403,7 @@ def test_a_held_action_is_that_action_repeated():
     assert np.array_equal(held.reset(seed=3)[0], np.float32(raw.reset(seed=3)[0]))
     assert held.hybrid.mask.shape == (4, 6) and held.hybrid.mask.all()
     for i in range(60):
-        k, x = (
-            i % 4,
-            np.float32(rng.integers(-64, 65, 6) / 64),
-        )  # numbers that the mapping leaves as they are, to the bit
+        k, x = i % 4, np.float32(rng.integers(-64, 65, 6) / 64)  # which the mapping leaves as they are, to the bit
         found = held.step(np.float32([k, *x]))
         total = 0.0
         for _ in range(HOLDS[k]):
@@ -430,6 +471,22 @@ def test_gae_discounts_by_the_steps_that_were_held(env_id):
     np.testing.assert_allclose(batch["advantages"].view(60, 3), wanted, rtol=1e-5, atol=1e-4)
     whole = sum(range(1, 11)) if env_id == "ClockLimit-v0" else sum(range(1, 14))
     assert {episode_return for _, episode_return, _ in episodes} == {whole}
+
+
+def test_the_reward_scale_discounts_by_the_steps_that_were_held():
+    """std of R_t = r_t + gamma^(steps of decision t - 1) R_{t-1}, from one rollout to the next."""
+    args = Args(env_id="Clock-v0", hold=HOLDS, num_envs=3, num_steps=20, gamma=0.9)
+    env, envs = make_env(args), make_envs(args, 1)
+    torch.manual_seed(0)
+    agent, running, rms = hppo.Agent(env, args), hppo.start_episodes(envs, 3, 1), hppo.RunningMeanStd()
+    seen, carry = [], np.zeros(3)
+    for _ in range(2):
+        rows, _ = hppo.rollout(envs, agent, running, env.action_space, args, 0)
+        hppo.make_batch(rows, agent, running, rms, args)
+        for reward, steps, done in zip(*(rows[name].numpy() for name in ("rewards", "durations", "done"))):
+            seen.append(carry + reward)
+            carry = np.where(done, 0, 0.9**steps * seen[-1])
+    assert rms.var.item() == pytest.approx(np.var(seen), rel=1e-6)
 
 
 def test_the_state_of_held_environments_continues_to_the_bit():

@@ -24,48 +24,31 @@ B, D = 40, 5
 
 
 def sample(seed=0, B=B, D=D):
-    """log r_i, what applies (every sample has one at least) and A."""
+    """log r_i, what applies (in one sample of eight nothing does) and A."""
     rng = np.random.default_rng(seed)
     valid = rng.random((B, D)) < 0.7
-    valid[:, 0] = True
+    valid[::8] = False
     return rng.normal(0, 0.25, (B, D)), valid.astype(float), rng.normal(size=B)
 
 
 def by_hand(logratios, valid, advantages, args):
-    """The objective of the docstring, negated, and the surviving fractions: one sub-action after the other."""
+    """The objective of the docstring, negated: one sub-action after the other."""
     eps, C, w = args.clip_coef, args.dual_clip, args.mix_weight
 
-    def L(x, A):  # value, and whether it moves with x
-        value, moves = x * A, True
-        if eps > 0:
-            clipped = min(max(x, 1 - eps), 1 + eps) * A
-            value, moves = min(value, clipped), value <= clipped
-        if C > 0 and A < 0 and value < C * A:
-            value, moves = C * A, False
-        return value, moves
+    def L(x, A):
+        value = min(x * A, min(max(x, 1 - eps), 1 + eps) * A) if eps > 0 else x * A
+        return max(value, C * A) if C > 0 and A < 0 else value
 
-    joint_sum, each_sum, counted, samples_alive, parts_alive = 0.0, 0.0, 0.0, 0, 0
+    objective = 0.0
     for logs, applies, A in zip(logratios, valid, advantages):
-        joint = math.exp(sum(x for x, v in zip(logs, applies) if v))
-        of_joint, joint_moves = L(joint, A)
-        joint_sum += of_joint
-        alive = []
-        for x, v in zip(logs, applies):
-            ratio = math.exp(x) if v else 1.0
-            if args.loss == "mix-ratio":
-                ratio = w * joint + (1 - w) * ratio
-            of_each, moves = L(ratio, A)
-            if v or args.count_inapplicable:
-                each_sum += of_each
-                counted += 1
-            survives = {"joint": joint_moves, "mix-loss": joint_moves or moves}.get(args.loss, moves)
-            alive.append(bool(v) and survives)
-        samples_alive += any(alive)
-        parts_alive += sum(alive)
-    B = len(logratios)
-    separate = each_sum / (counted if args.sub_action_reduction == "mean" else B)
-    objective = {"joint": joint_sum / B, "mix-loss": w * joint_sum / B + (1 - w) * separate}.get(args.loss, separate)
-    return -objective, samples_alive / B, parts_alive / valid.sum()
+        logs = [x for x, v in zip(logs, applies) if v]
+        joint = math.exp(sum(logs))
+        ratios = [w * joint + (1 - w) * math.exp(x) if args.loss == "mix-ratio" else math.exp(x) for x in logs]
+        separate = sum(L(ratio, A) for ratio in ratios)
+        if args.sub_action_reduction == "mean" and logs:
+            separate /= len(logs)
+        objective += {"joint": L(joint, A), "mix-loss": w * L(joint, A) + (1 - w) * separate}.get(args.loss, separate)
+    return -objective / len(logratios)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -76,8 +59,8 @@ def by_hand(logratios, valid, advantages, args):
         {"sub_action_reduction": "sum"},
         {"clip_coef": 0.0},
         {"clip_coef": 0.1, "dual_clip": 1.3},
-        {"count_inapplicable": True},
         {"mix_weight": 0.2},
+        {"mix_weight": 0.0},
     ],
 )
 def test_a_loss_and_its_gradient(loss, settings):
@@ -86,14 +69,17 @@ def test_a_loss_and_its_gradient(loss, settings):
     x = torch.tensor(logratios, requires_grad=True)
     value, alive = ppo.policy_loss(x, torch.tensor(valid), torch.tensor(advantages), args)
     value.backward()
-    expected, *survive = by_hand(logratios, valid, advantages, args)
+    expected = by_hand(logratios, valid, advantages, args)
     assert value.item() == pytest.approx(expected, rel=1e-12)
-    np.testing.assert_allclose([a.item() for a in alive], survive, rtol=1e-12)
+    survives = x.grad.numpy() != 0
+    wanted = survives.any(1).sum() / valid.any(1).sum(), survives.sum() / valid.sum()
+    np.testing.assert_allclose([a.item() for a in alive], wanted, rtol=1e-12)
+    assert wanted[1] < 1 or settings.get("clip_coef") == 0
     for i, j in [(0, 0), (3, 1), (7, 4), (20, 2), (39, 3)]:  # central differences
         moved = [logratios.copy(), logratios.copy()]
         moved[0][i, j] += 1e-6
         moved[1][i, j] -= 1e-6
-        up, down = (by_hand(m, valid, advantages, args)[0] for m in moved)
+        up, down = (by_hand(m, valid, advantages, args) for m in moved)
         assert x.grad[i, j].item() == pytest.approx((up - down) / 2e-6, rel=1e-4, abs=1e-8)
 
 
@@ -108,14 +94,18 @@ def test_what_does_not_apply_has_no_gradient(loss):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_one_sub_action_makes_all_losses_ppo_s(loss, reduction):
-    logratios, _, advantages = sample(2, D=1)
+    """Where it does not apply the ratio is 1, which has no gradient."""
+    logratios, valid, advantages = sample(2, D=1)
+    assert 0 < valid.mean() < 1
     x, A = torch.tensor(logratios, requires_grad=True), torch.tensor(advantages)
-    value = ppo.policy_loss(x, torch.ones(B, 1), A, ppo.Args(loss=loss, sub_action_reduction=reduction))[0]
     y = torch.tensor(logratios[:, 0], requires_grad=True)
-    expected = ppo_continuous.policy_loss(y, A, 0.2, "ratio")
-    gradients = torch.autograd.grad(value, x)[0][:, 0], torch.autograd.grad(expected, y)[0]
-    torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(*gradients)
+    for v in (torch.ones(B, 1), torch.tensor(valid)):
+        value = ppo.policy_loss(x, v, A, ppo.Args(loss=loss, sub_action_reduction=reduction))[0]
+        expected = ppo_continuous.policy_loss(y * v[:, 0], A, 0.2, "ratio")
+        gradients = torch.autograd.grad(value, x)[0][:, 0], torch.autograd.grad(expected, y)[0]
+        torch.testing.assert_close(*gradients)
+        if v.all() or loss == "joint":
+            torch.testing.assert_close(value, expected)
 
 
 @pytest.mark.parametrize("loss, scale", list(zip(LOSSES, (1, 1 / D, (1 + 1 / D) / 2, (1 + 1 / D) / 2))))
@@ -217,7 +207,7 @@ def microrts(action_mode: str, M=6):
     """A random state of a 4 x 5 map, uint8 as the environment gives it: some idle units, each with some orders."""
     cells = 20
     space = MultiDiscrete([cells, *ppo.MICRORTS_COMPONENTS] if action_mode == "unit" else [[1]])
-    sizes = np.array([5, 5, 3, 8, 6])
+    sizes = (5, 5, 3, 8, 6)
     agent, args = agent_for(space, cells * 79, 5 * cells, (4, 5), sizes, action_mode=action_mode)
     rng = np.random.default_rng(5)
     planes = np.stack([rng.integers(0, n, (M, cells)) for n in sizes], 1).reshape(M, -1)
@@ -305,19 +295,20 @@ def test_gridnet_s_logits_of_a_cell_are_78_in_a_row():
 # --- The whole update ---------------------------------------------------------------------------------------------
 
 
-def test_joint_on_a_box_is_ppo_continuous():
+@pytest.mark.parametrize("loss, D", [("joint", 6), *((loss, 1) for loss in LOSSES)])
+def test_joint_or_one_sub_action_on_a_box_is_ppo_continuous(loss, D):
     """Same weights, same batch: a gradient step of each."""
-    space = Box(-1, 1, (6,))
-    agent, args = agent_for(space, obs_dim=17, loss="joint")
+    space = Box(-1, 1, (D,))
+    agent, args = agent_for(space, obs_dim=17, loss=loss)
     base_args = ppo_continuous.Args()
-    base = ppo_continuous.Agent(spaces(17, 6), base_args)
+    base = ppo_continuous.Agent(spaces(17, D), base_args)
     base.load_state_dict({name: tensor for name, tensor in agent.state_dict().items()})
-    obs, actions = torch.randn(64, 17), torch.randn(64, 6)
+    obs, actions = torch.randn(64, 17), torch.randn(64, D)
     mean, log_std, values = base(obs)
     shared = {"obs": obs, "actions": actions, "advantages": torch.randn(64), "returns": torch.randn(64)}
     shared["values"] = values.detach() + 0.1 * torch.randn(64)
     logprobs = ppo_continuous.gaussian_logprob(actions.unsqueeze(-1), mean.unsqueeze(-1), log_std.unsqueeze(-1))
-    old = logprobs.detach() + 0.05 * torch.randn(64, 6)
+    old = logprobs.detach() + 0.05 * torch.randn(64, D)
     coefs, indices = {"learning_rate": torch.tensor(3e-4)}, torch.arange(64).view(1, -1)
     ours, our_metrics = ppo.update_step(
         ppo.init_optimizer(agent), {**shared, "logprobs": old}, indices, coefs, agent, args
@@ -327,6 +318,75 @@ def test_joint_on_a_box_is_ppo_continuous():
     )
     torch.testing.assert_close(ours["theta"], theirs["theta"], rtol=0, atol=1e-6)
     torch.testing.assert_close(our_metrics[: len(metrics)], metrics, rtol=1e-4, atol=1e-6)
+
+
+def batch_of(agent, args, obs, seed=0):
+    """A batch [M, ...] of actions drawn from the agent, whose log-probabilities have moved a little since."""
+    torch.manual_seed(seed)
+    actions = ppo.act(agent, obs, ppo.draw_noise(agent, len(obs))).clone()
+    policy, values = agent(agent.normalize(obs))
+    logprobs = agent.sub_actions(policy, obs, actions)[0]
+    noise = 0.1 * torch.randn(logprobs.shape)
+    batch = {"obs": obs, "actions": actions, "logprobs": logprobs + noise, "values": values}
+    batch |= {"advantages": torch.randn(len(obs)), "returns": values + torch.randn(len(obs))}
+    return {name: tensor.detach() for name, tensor in batch.items()}
+
+
+@pytest.mark.parametrize("count_inapplicable", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_whole_loss_of_masked_sub_actions(loss, count_inapplicable):
+    """Samples with all, one and none of the second component's choices open, against torch.distributions."""
+    agent, args, obs = masked(300)
+    args.loss, args.ent_coef, args.count_inapplicable = loss, 0.1, count_inapplicable
+    batch = batch_of(agent, args, obs)
+    params = {name: p for name, p in agent.named_parameters() if p.requires_grad}
+    total, metrics = ppo.loss(params, agent, batch, {}, args)
+
+    logits, values = agent(obs)
+    log_pi, entropies = torch.zeros(300, 2), torch.zeros(300, 2)
+    for i in range(300):
+        for d, at in enumerate((slice(0, 3), slice(3, 7))):
+            row = obs[i, 3:][at] == 1
+            if row.sum() > 1:
+                pi = Categorical(logits=logits[i, at].masked_fill(~row, -torch.inf))
+                log_pi[i, d] = pi.log_prob(batch["actions"][i, d])
+                entropies[i, d] = -(pi.probs * pi.probs.clamp(min=1e-30).log()).sum()
+    valid = torch.stack([torch.ones(300), (obs[:, 6:].sum(1) > 1).float()], 1)
+    logratios = torch.where(valid == 1, log_pi, batch["logprobs"]) - batch["logprobs"]
+    if count_inapplicable:  # the noise of batch_of stands for a component that moved though the action did not use it
+        logratios = torch.where(
+            valid == 1, logratios, agent.sub_actions(logits, obs, batch["actions"])[0] - batch["logprobs"]
+        )
+    A = batch["advantages"]
+    A = (A - A.mean()) / A.std()
+    counts = torch.ones_like(valid) if count_inapplicable else valid
+    pg_loss = by_hand(logratios.double().detach().numpy(), counts.numpy(), A.numpy(), args)
+    v_loss = ppo.value_loss(values, batch["values"], batch["returns"], args.clip_coef)
+    expected = pg_loss + 0.5 * v_loss - 0.1 * entropies.sum(1).mean()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-4)
+    found = dict(zip(ppo.METRICS, metrics.tolist()))
+    assert found["entropy"] == pytest.approx(entropies.sum(1).mean().item(), rel=1e-5)
+    joint = (logratios * counts).sum(1)
+    assert found["approx_kl"] == pytest.approx((joint.exp() - 1 - joint).mean().item(), rel=1e-4)
+    grads = torch.autograd.grad(total, list(params.values()))
+    assert all(torch.isfinite(gradient).all() for gradient in grads)
+    w = agent.actor_mean.weight
+    assert (grads[list(params).index("actor_mean.weight")][1] == 0).all() and w.shape[0] == 7  # choice 1 is never open
+
+
+@pytest.mark.parametrize("kind", ["masked", "unit", "gridnet"])
+def test_compiled_and_plain_updates_agree(kind, capsys):
+    agent, args, obs = masked(64) if kind == "masked" else microrts(kind, M=64)[:3]
+    args.loss, args.ent_coef, args.num_minibatches = "mix-ratio", 0.01, 1
+    batch, coefs = batch_of(agent, args, obs), {"learning_rate": torch.tensor(1e-3)}
+    optimizer, indices = ppo.init_optimizer(agent), torch.randperm(64).view(1, -1)
+    step = ppo.compile_update(agent, optimizer, coefs, batch, args)
+    assert "notice" not in capsys.readouterr().err  # of an update that runs uncompiled
+    plain, plain_metrics = ppo.update_step(optimizer, batch, indices, coefs, agent, args)
+    compiled, metrics = step(optimizer, batch, indices, coefs)
+    assert (plain["theta"] - optimizer["theta"]).abs().max() > 5e-4
+    torch.testing.assert_close(compiled["theta"], plain["theta"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(metrics, plain_metrics, rtol=1e-3, atol=1e-4)
 
 
 class Lock(gym.Env):
@@ -354,8 +414,29 @@ class Lock(gym.Env):
         return obs, reward, False, self.steps > 10, info
 
 
-if "Lock-v0" not in gym.registry:
-    gym.register("Lock-v0", Lock)
+class TupleMask(Lock):
+    """Its mask is a tuple of one for each dial, as MultiDiscrete.sample takes it."""
+
+    def observe(self):
+        obs, info = super().observe()
+        return obs, {"action_mask": tuple(info["action_mask"].reshape(2, 4))}
+
+
+class ShortMask(Lock):
+    """Its mask is one number short."""
+
+    def observe(self):
+        return super().observe()[0], {"action_mask": np.ones(7)}
+
+
+for env in (Lock, TupleMask, ShortMask):
+    gym.register(f"{env.__name__}-v0", env)
+
+
+def test_a_mask_may_be_a_tuple_of_one_a_component():
+    env, raw = ppo.make_env(ppo.Args(env_id="TupleMask-v0")), gym.make("TupleMask-v0")
+    obs, (_, info) = env.reset(seed=1)[0], raw.reset(seed=1)
+    assert np.array_equal(obs[4:], np.concatenate(info["action_mask"])) and env.num_masks == 8
 
 
 @pytest.mark.parametrize("loss", ["joint", "separate"])
@@ -373,6 +454,10 @@ def test_masks_travel_with_the_batch_and_a_masked_policy_learns(loss, tmp_path, 
     [
         "--mix-weight 1.5",
         "--dual-clip 0.5",
+        "--hidden-sizes -1",
+        "--hidden-sizes",
+        "--env-id ShortMask-v0",
+        "--env-id MicroRTS-8x8-basesWorkers --partial-obs",
         "--selfplay -1",
         "--loss both",
         "--env-id MicroRTS-1x1-nothing",

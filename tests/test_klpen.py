@@ -348,6 +348,7 @@ def test_a_run_killed_between_two_checkpoints_resumes_with_its_beta(tmp_path):
     [
         ("--kl-mode adaptive --kl-beta 0", "--kl-beta"),
         ("--kl-beta 0", "--kl-beta"),  # adaptive is the default
+        ("--kl-beta 1e-12", "--kl-beta"),  # which the adaptation's bounds would change
         ("--kl-beta -1", "--kl-beta"),
         ("--kl-mode fixed --kl-beta -0.5", "--kl-beta"),
         ("--kl-beta nan", "--kl-beta"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 import ppo_multidiscrete_joint_loss as ppo
 
@@ -650,13 +651,38 @@ def test_importing_starts_nothing():
 
 
 @pytest.mark.parametrize("missing, hint", [("gym_microrts", "--no-deps gym-microrts==0.4.3"), ("jpype", "jpype1==")])
-def test_a_missing_package_is_named(missing, hint, monkeypatch, capsys):
+def test_a_missing_package_is_named(missing, hint, monkeypatch, capsys, tmp_path):
     find_spec = ppo.importlib.util.find_spec
     monkeypatch.setattr(ppo.importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
+    monkeypatch.setattr(ppo, "start_jvm", ppo.start_jvm.__wrapped__)  # else Java has started already
     assert ppo.microrts_maps() == {} or missing != "gym_microrts"
-    with pytest.raises(SystemExit):
-        ppo.start_jvm.__wrapped__()
-    assert f"pip install {hint}" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        ppo.main(ppo.parse_args(["--env-id", "MicroRTS-8x8-basesWorkers", "--runs-dir", str(tmp_path / "runs")]))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith("error: --env-id MicroRTS-8x8-basesWorkers: ")
+    assert f"pip install {hint}" in line and not (tmp_path / "runs").exists()
+
+
+def test_the_win_rate_is_that_of_the_last_100_games_against_bots():
+    settings = {"opponent": ("passiveAI",), "selfplay": 1, "num_envs": 4, "max_steps": 2}
+    envs = ppo.MicroRTSEnvs(ppo.Args(env_id="MicroRTS-8x8-basesWorkers", **settings))
+    envs.reset(range(4))
+    for games in range(2, 102, 2):
+        assert ppo.win_rate(envs) == {}
+        envs.step(np.zeros((4, 8), dtype=np.int64))
+        *_, truncated = envs.step(np.zeros((4, 8), dtype=np.int64))
+        assert truncated.all() and len(envs.wins) == games  # of two seats; the others play each other
+        envs.reset(range(4))
+    assert ppo.win_rate(envs) == {"win_rate": 0.0}
+
+
+def test_games_of_an_evaluation_differ(tmp_path, capsys):
+    """workerRushAI follows from the actions: greedy ones would play one game again and again."""
+    args = ppo.Args(env_id="MicroRTS-8x8-basesWorkers", opponent=("workerRushAI",), eval_episodes=3, max_steps=60)
+    torch.manual_seed(0)
+    agent = ppo.Agent(ppo.make_env(args), args)
+    returns = ppo.evaluate(agent, args, tmp_path, lambda: False)["eval_returns"]
+    assert len(set(returns)) > 1
 
 
 @pytest.mark.parametrize(
@@ -670,7 +696,8 @@ def test_a_whole_run_and_its_resumption(flags, tmp_path, capfd):
     ppo.main(ppo.parse_args([*argv, "--total-timesteps", "768"]))
     (folder,) = tmp_path.iterdir()
     result = json.loads((folder / "result.json").read_text())
-    assert result["global_step"] == 768 and len(result["eval_returns"]) == 1 and result["win_rate"] < 0.5
+    assert result["global_step"] == 768 and len(result["eval_returns"]) == 1
+    assert "win_rate" not in result  # of 100 games, which have not been
     lengths = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1)[:, 2]
     assert len(lengths) == 3 * (256 // 40) and (lengths == 40).all()  # nobody wins within 40 steps
     (folder / "result.json").unlink()

@@ -124,12 +124,85 @@ def test_new_runs_join_the_committed_ones_and_the_same_runs_give_the_same_bytes(
     }  # what stands outside the block is as it was
 
 
+def test_the_readme_has_a_block_for_each_report_and_a_sweep_writes_it():
+    readme = (ROOT / "README.md").read_text()
+    for name in report.REPORTS:
+        assert report.replace_block(readme, name, "new").count("new\n<!-- end") == 1
+        assert f"runner.py --name {name} --report " in (ROOT / f"benchmarks/{name}.sh").read_text()
+
+
+def test_table_1_s_scores_are_those_worked_out_by_hand(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/random_policy.csv").write_text("env_id,episodes,mean,std\nA,300,10.0,1\nB,300,-50.0,1\n")
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    rows, curves = [], []
+    for setting, env_id, seed, score in [
+        *(("none", "A", 1, 10), ("none", "A", 2, 5), ("none", "B", 1, -45), ("none", "B", 2, -55)),
+        *(("clip-0.2", "A", 1, 20), ("clip-0.2", "A", 2, 30), ("clip-0.2", "B", 1, -40), ("clip-0.2", "B", 2, -42.5)),
+    ]:
+        key = {"setting": setting, "env_id": env_id, "seed": str(seed)}
+        rows.append({**key, "score": str(score), "steps": "1000"})
+        curves.append({**key, **{str(k): str(score) for k in range(report.POINTS)}})
+    text = report.ppo_table1(rows, curves, tmp_path)
+    # A: random 10, best 30; B: random -50, best -40. So none has 0, -.25, .5, -.5, and clip-0.2 has .5, 1, 1, .75; the
+    # middle half of four is two; an interval of two runs is between both being the worse and both the better.
+    assert "| none | -0.39 | -0.06 [-0.38, 0.25] | -0.12 [-0.38, 0.25] | 4 of 21 |" in text
+    assert "| clip-0.2 | 0.82 | 0.81 [0.62, 1.00] | 0.88 [0.62, 1.00] | 4 of 21 |" in text
+    assert "| none | 7.5 ± 2.5 | -50.0 ± 5.0 |" in text
+
+
+def test_a_real_run_of_another_script_has_a_row_and_a_table(tmp_path):
+    """hppo_hybrid.py has no --backend, and its evaluation has a rate of success."""
+    import hppo_hybrid
+
+    flags = "--num-envs 4 --num-steps 64 --num-minibatches 2 --total-timesteps 2048 --eval-episodes 2 --no-compile"
+    flags = f"{flags} --env-id HybridMoving-v0 --exp-name separate-chosen --runs-dir {tmp_path}"
+    hppo_hybrid.main(hppo_hybrid.parse_args(flags.split()))
+    row, curve = report.read_run(next(tmp_path.iterdir()))
+    assert row["eval_success"] in ("0.0000", "0.5000", "1.0000")
+    text = report.hppo([row], [curve], tmp_path / "figures")
+    assert "| HybridMoving-v0 |" in text and (tmp_path / "figures/hppo_curves.png").exists()
+
+
+def test_two_runs_of_one_row_are_refused_unless_they_are_the_same(copy):
+    for k, extra in enumerate(["", "", "--clip-coef 0.5"]):
+        folder = copy / f"runs/ppo_table1/{k}/run"
+        write_run(folder, "none", "Hopper-v4", 1, [1000], [1.0], 1000)
+        config = json.loads((folder / "config.json").read_text())
+        config["command"] += extra.split()
+        config["command"].remove("--runs-dir"), config["command"].remove(str(folder.parent))
+        (folder / "config.json").write_text(json.dumps(config))
+        done = run_report(copy, "ppo_table1", "--runs", copy / "runs")
+        assert done.returncode == (2 if extra else 0), done.stderr
+    assert done.stderr.startswith("error: ") and "--clip-coef 0.5" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_setting_whose_seeds_had_other_flags_is_pointed_out(copy):
+    """As when a sweep's flags change while rows of the old ones are committed."""
+    path = copy / "benchmarks/results/ppo_table1.csv"
+    text = path.read_text()
+    assert "notice" not in run_report(copy, "ppo_table1", "--runs", copy / "none").stderr
+    path.write_text(text.replace("Hopper-v4 --seed 1 ", "Hopper-v4 --gamma 0.9 --seed 1 "))
+    assert "notice: the seeds of clip-0.2, Hopper-v4" in run_report(copy, "ppo_table1", "--runs", copy / "none").stderr
+
+
+def test_a_deleted_row_takes_its_curve_with_it(copy):
+    path, curves = (copy / f"benchmarks/results/ppo_table1{name}" for name in (".csv", "_curves.csv.gz"))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith("none,Reacher-v4,1,")))
+    done = run_report(copy, "ppo_table1", "--runs", copy / "none")
+    assert done.returncode == 0, done.stderr
+    assert len(path.read_text().splitlines()) == len(lines) - 1 == len(gzip.open(curves).readlines())
+
+
 def test_the_readme_shows_what_the_committed_results_say(copy):
     for name in report.REPORTS:
         if (copy / f"benchmarks/results/{name}.csv").exists():
             done = run_report(copy, name, "--runs", copy / "none")
             assert done.returncode == 0, done.stderr
     assert (copy / "README.md").read_text() == (ROOT / "README.md").read_text()
+    for path in (ROOT / "benchmarks/figures").iterdir():  # to the byte, by the pinned matplotlib
+        assert (copy / "benchmarks/figures" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 @pytest.mark.parametrize("argv", [["nonsense"], ["ppo_table1", "--runs", "nowhere"]])

@@ -128,6 +128,13 @@ def test_committed_results_are_finished_runs(tmp_path):
     status, _, err = run(COMMANDS[:1], tmp_path, runner=runner)
     assert (status, "1 of 1 runs" in err) == (0, True), err
     assert not home(COMMANDS[0], tmp_path).exists()
+    assert run(COMMANDS, tmp_path, "--dry-run", "--fresh", runner=runner)[1].startswith(f"new      {COMMANDS[0]}\n")
+    (runner.parent / "report.py").write_text("import sys; print(*sys.argv[1:]); sys.exit(len(sys.argv) != 4)")
+    status, out, _ = run(COMMANDS[:1], tmp_path, "--report", runner=runner)
+    assert (status, out) == (0, f"sweep --runs {tmp_path}\n")
+    assert run(COMMANDS, tmp_path, "--report", "--dry-run", runner=runner)[1].endswith("1 of 2 runs to go\n")
+    (runner.parent / "report.py").write_text("raise SystemExit(2)")
+    assert run(COMMANDS[:1], tmp_path, "--report", runner=runner)[0] == 1
 
 
 def test_a_folder_of_another_command_is_named(never_killed, tmp_path):
