@@ -20,8 +20,8 @@ For states s, actions a and advantages A gathered with the policy pi_old of the 
     L_alpha = E[ alpha (eps_alpha - sg KL[pi_old || pi_theta]) + sg(alpha) KL[pi_old || pi_theta] ]
 
     D~ is the half of the batch with the largest A. psi, the E-step, is a better policy than pi_old, known at D~ only;
-    the temperature eta keeps it within KL eps_eta of pi_old. L_pi, the M-step, is a weighted maximum likelihood: no
-    ratio, no clip, and nothing is pushed away for A < 0. alpha grows while the KL exceeds eps_alpha.
+    the temperature eta keeps it within KL eps_eta of equal weights. L_pi, the M-step, is a weighted maximum
+    likelihood: no ratio, no clip, nothing is pushed away for A < 0. alpha grows while the KL exceeds eps_alpha.
 
 sg stops the gradient. A Gaussian's mean and covariance have a KL and an alpha each. rho = min(1, pi_old / pi_behaviour)
 for samples older than the target network. All else is as in ppo_continuous.py; PopArt and an LSTM come on request.
@@ -121,8 +121,8 @@ class Args:
     """Adam's step size for eta and the alphas, not annealed"""
     dual_parameterisation: Literal["projection", "softplus"] = "projection"
     """keep them positive by a clamp at 1e-8, or as softplus of parameters"""
-    target_period: int = 80
-    """gradient steps between two copies of theta to the target network"""
+    target_period: int = 0
+    """gradient steps between two copies of theta to the target network, 0: those of an iteration"""
     importance_weights: bool = True
     """rho for samples older than the target network, else 1"""
     clip_coef: float = 0.2
@@ -252,7 +252,7 @@ def parse_args(argv: list[str]) -> Args:
 def check_args(args: Args):
     """Leave with one line for a value that no run could use."""
     unit_interval = {"gamma", "gae_lambda"}
-    at_least_0 = {"seed", "env_threads", "clip_coef", "vf_coef", "ent_coef"}
+    at_least_0 = {"seed", "env_threads", "clip_coef", "vf_coef", "ent_coef", "target_period"}
     for name, value in dataclasses.asdict(args).items():
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
@@ -272,6 +272,13 @@ def check_args(args: Args):
         fail(f"--total-timesteps {args.total_timesteps}: must be at least {batch}")
     if args.recurrent and (args.backend != "gymnasium" or args.num_envs % args.num_minibatches):
         fail("--recurrent: needs --backend gymnasium, and --num-minibatches that divides --num-envs")
+    if args.popart and args.clip_vloss:
+        fail("--popart: moves the unit in which --clip-vloss would clip; use one of them")
+    args.gae_lambda = args.gae_lambda if args.advantage == "gae" else 1.0
+    args.target_period = args.target_period or args.update_epochs * args.num_minibatches
+    if args.target_period > (steps := args.total_timesteps // batch_size * args.update_epochs * args.num_minibatches):
+        fail(f"--target-period {args.target_period}: must be at most the {steps} gradient steps of the run")
+    args.compile &= not args.recurrent or args.num_steps <= 32  # a core of 32 steps compiles for 2 minutes
     if args.device == "cuda" and not torch.cuda.is_available():
         fail(f"--device cuda: torch {torch.__version__} finds no CUDA device here; use --device cpu or auto")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -543,7 +550,7 @@ class Agent(nn.Module):
         return memory.chunk(2, -1)[0], memory
 
     def policy(self, obs: torch.Tensor):
-        """What remember makes of obs [B, O] -> policy."""
+        """Normalised obs [B, O], or what remember makes of them -> policy."""
         hidden = self.actor(obs)
         mean = self.actor_mean(hidden)
         if self.discrete:
@@ -553,7 +560,7 @@ class Agent(nn.Module):
         return torch.stack([mean, self.actor_logstd.expand_as(mean)], -1)
 
     def value(self, obs: torch.Tensor) -> torch.Tensor:
-        """What remember makes of obs [B, O] -> V [B]."""
+        """Normalised obs [B, O] -> V [B]."""
         return self.critic(obs).squeeze(-1) / self.value_rms.scale + self.value_rms.shift
 
     def forward(self, obs: torch.Tensor, done: torch.Tensor | None = None):
@@ -579,10 +586,7 @@ def act(agent: Agent, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     Left uncompiled: at this size a compiled call saves nothing."""
     inputs, memory = agent.remember(agent.normalize(obs))
     policy = agent.policy(inputs)
-    if agent.discrete:
-        actions = (policy + noise).argmax(-1)
-    else:
-        actions = torch.addcmul(policy[..., 0], policy[..., 1].exp(), noise)
+    actions = (policy + noise).argmax(-1) if agent.discrete else policy[..., 0] + policy[..., 1].exp() * noise
     return torch.cat([actions, memory], -1) if agent.recurrent else actions
 
 
@@ -702,8 +706,7 @@ def make_batch(rows: dict, agent: Agent, theta, running: dict, reward_rms: Runni
     if args.norm_reward and not args.popart:
         rewards = scale_rewards(rewards, done, running, reward_rms, args.gamma)
     V, next_V = values.cpu().numpy(), next_values.cpu().numpy()
-    gae_lambda = args.gae_lambda if args.advantage == "gae" else 1
-    advantages = gae(rewards.astype(np.float32), V, next_V, terminated, done, args.gamma, gae_lambda)
+    advantages = gae(rewards.astype(np.float32), V, next_V, terminated, done, args.gamma, args.gae_lambda)
     returns = advantages + V
     explained_variance = 1 - np.var(returns - V) / max(np.var(returns), 1e-12)
     if args.popart:
@@ -795,8 +798,8 @@ def loss(params: dict, agent: Agent, whole: dict, rows: torch.Tensor, coefs: dic
     policy, values = torch.func.functional_call(agent, params, (batch["obs"], batch["done"]))
     logprobs, entropies = describe(policy, batch["actions"], agent.discrete)
     logratio = logprobs - batch["logprobs"]
-    softplus = args.dual_parameterisation == "softplus"
-    duals = nn.functional.softplus(params["duals"]) + 1e-8 if softplus else params["duals"]
+    duals = params["duals"]
+    duals = nn.functional.softplus(duals) + 1e-8 if args.dual_parameterisation == "softplus" else duals
     advantages = normalize_advantages(whole["advantages"]) if args.norm_adv else whole["advantages"]
     psi, eta_loss = e_step(duals[0], advantages, whole["selected"], whole["log_rho"], args.eps_eta)
     pg_loss = -(psi[rows] * logprobs).sum() * (len(psi) / len(rows))
@@ -882,7 +885,7 @@ def compile_update(agent: Agent, optimizer: dict, coefs: dict, batch: dict, args
     """update_step bound to agent and args, and compiled, by running it once on `batch`. Where that fails, for want of a
     C++ compiler say, one line tells why and the plain function is returned."""
     step = functools.partial(update_step, agent=agent, args=args)
-    if not args.compile or args.recurrent and args.num_steps > 32:  # a core of 32 steps compiles for 2 minutes
+    if not args.compile:
         return step
     cuda = optimizer["theta"].is_cuda
     if cuda:
@@ -927,13 +930,14 @@ def refresh_target(agent: Agent, theta: torch.Tensor, batch: dict, args: Args):
 def update(step, agent: Agent, optimizer: dict, batch: dict, coefs: dict, args: Args):
     """The epochs of one iteration, each a new random cut of the batch into minibatches. Returns the new optimizer and
     {metric: mean over all minibatches}."""
-    metrics = []
+    metrics, steps = [], int(optimizer["step"])
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch["obs"])).view(args.num_minibatches, -1).to(optimizer["theta"].device)
         for indices in order.split(minibatches_per_call(args)):
             optimizer, values = step(optimizer, batch, indices, coefs)
             metrics.append(values)
-            if int(optimizer["step"]) % args.target_period == 0:
+            steps += len(indices)
+            if steps % args.target_period == 0:
                 refresh_target(agent, optimizer["theta"], batch, args)
         if args.target_kl is not None:
             epoch = torch.stack(metrics[-args.num_minibatches // minibatches_per_call(args) :]).mean(0)

@@ -60,6 +60,8 @@ def whole_batch(space, B=24, rho=False, **settings):
     actions = torch.stack([d.sample() for d in distributions(target, space)], -1).double()
     advantages = torch.randn(B, generator=generator, dtype=torch.float64)
     log_rho = -torch.rand(B, generator=generator, dtype=torch.float64) * rho
+    if args.popart:  # V in a unit of mean 3 and standard deviation 2
+        agent.value_rms.shift.fill_(3.0), agent.value_rms.scale.fill_(0.5)
     batch = {
         "obs": obs,
         "done": torch.zeros(B, dtype=torch.bool),
@@ -145,6 +147,7 @@ CASES = [
     ("gaussian", {"kl_per_dimension": True, "kl": "coupled"}),
     ("gaussian", {"dual_parameterisation": "softplus", "ent_coef": 0.01}),
     ("gaussian", {"std_type": "fixed"}),
+    ("gaussian", {"popart": True}),
     ("softmax", {"norm_adv": False}),
     ("softmax", {"rho": True, "vf_coef": 1.0}),
     ("factors", {"rho": True}),
@@ -183,6 +186,10 @@ def loss_by_hand(agent, params, batch, space, args):
             alpha, d = alphas[c * bounded.shape[1] + k], bounded[c, k]
             L_alpha = L_alpha + alpha * (eps - d.detach()) + alpha.detach() * d
     error = (V - batch["returns"]) ** 2
+    if args.popart:  # in V's unit: the critic's output against the return less 3, over 2
+        critic = {name.removeprefix("critic."): p for name, p in params.items() if name.startswith("critic.")}
+        output = torch.func.functional_call(agent.critic, critic, (batch["obs"],)).squeeze(-1)
+        error = (output - (batch["returns"] - 3) / 2) ** 2
     if args.clip_vloss:
         held = batch["values"] + (V - batch["values"]).clamp(-args.clip_coef, args.clip_coef)
         error = torch.maximum(error, (held - batch["returns"]) ** 2)
@@ -333,6 +340,7 @@ gym.register("Recall-v0", Recall)
 def collect(**settings):
     """A rollout of Chance-v0 and the batch that it makes, with a target network that lags behind."""
     args = vmpo.Args(env_id="Chance-v0", num_envs=3, num_steps=40, **settings)
+    vmpo.check_args(args)
     torch.manual_seed(0)
     agent = vmpo.Agent(vmpo.make_env(args), args)
     envs = vmpo.make_envs(args, 1)
@@ -632,7 +640,9 @@ gym.register("Unbounded-v0", Unbounded)
         ("--eps-eta 0", "--eps-eta"),
         ("--eps-alpha -1", "--eps-alpha"),
         ("--eps-alpha-cov nan", "--eps-alpha-cov"),
-        ("--target-period 0", "--target-period"),
+        ("--target-period -1", "--target-period"),
+        ("--target-period 100000000", "--target-period"),
+        ("--popart --clip-vloss", "--popart"),
         ("--dual-learning-rate 0", "--dual-learning-rate"),
         ("--dual-parameterisation exp", "--dual-parameterisation"),
         ("--recurrent --backend envpool", "--recurrent"),
