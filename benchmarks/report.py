@@ -328,6 +328,19 @@ def ppo_table1(rows: list[dict], curves: list[dict], figures: Path) -> str:
     return "\n".join([*partial, *lines, "", caption, "", *raw, "", *figures_md])
 
 
+def ppo_table1_none(rows: list[dict], curves: list[dict], figures: Path) -> str:
+    table1 = [r for r in read_csv(HERE / "results/ppo_table1.csv") if r["env_id"] == "HalfCheetah-v4"]
+    random = {r["env_id"]: float(r["mean"]) for r in read_csv(HERE / "results/random_policy.csv")}["HalfCheetah-v4"]
+    best = max(float(r["score"]) for r in table1)
+    as_there = [{**r, "setting": f"{r['setting']} (Table 1)"} for r in table1 if r["setting"] in ("none", "clip-0.2")]
+    lines = ["| HalfCheetah | return of each seed | normalised score |", "|---|---|---|"]
+    for setting in ordered(r["setting"] for r in as_there + rows):
+        returns = np.array([float(r["score"]) for r in as_there + rows if r["setting"] == setting])
+        each, score = ", ".join(f"{value:.0f}" for value in returns), ((returns - random) / (best - random)).mean()
+        lines.append(f"| {setting.replace('-', ', ', 1) if 'none-' in setting else setting} | {each} | {score:.2f} |")
+    return "\n".join(lines)
+
+
 def precision(value: float) -> int:
     """Decimals that a return of this size deserves."""
     return 0 if abs(value) >= 100 else 1
@@ -510,7 +523,7 @@ def vmpo(rows: list[dict], curves: list[dict], figures: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------------------------
 
-SWEEPS = (ppo_continuous, ppo_table1, hppo, joint_loss_mujoco, joint_loss_microrts, vmpo)
+SWEEPS = (ppo_continuous, ppo_table1, ppo_table1_none, hppo, joint_loss_mujoco, joint_loss_microrts, vmpo)
 REPORTS = {report.__name__: report for report in SWEEPS}
 
 
