@@ -2,8 +2,8 @@
 
     python ppo_continuous.py --env-id benchmarks.half_cheetah_unclipped:HalfCheetahUnclipped-v4
 
-MuJoCo itself holds the torques to [-1, 1]; the reward's -0.1 |a|^2 knows no bound, and gymnasium leaves the action as it
-is. The scripts clip to the action space before the environment sees anything, so here the space is made wide.
+MuJoCo itself holds the torques to [-1, 1]; the reward's -0.1 |a|^2 knows no bound, and gymnasium leaves the action as
+it is. The scripts clip to the action space before the environment sees anything, so here the space is made wide.
 """
 
 import gymnasium as gym
