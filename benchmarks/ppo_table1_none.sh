@@ -17,5 +17,6 @@ for seed in 1 2 3; do
     run HalfCheetah-v4 none-raw-observations --clip-coef 0 --no-norm-obs
     run "$unclipped" none-unclipped-actions --clip-coef 0
     run "$unclipped" none-unclipped-actions-raw-rewards --clip-coef 0 --no-norm-reward
+    run "$unclipped" none-unclipped-actions-raw-rewards-free-gradient --clip-coef 0 --no-norm-reward --max-grad-norm 1e9
     run "$unclipped" clip-0.2-unclipped-actions --clip-coef 0.2
 done | nice -n 19 python benchmarks/runner.py --name ppo_table1_none --report "$@"
