@@ -337,7 +337,8 @@ def ppo_table1_none(rows: list[dict], curves: list[dict], figures: Path) -> str:
     for setting in ordered(r["setting"] for r in as_there + rows):
         returns = np.array([float(r["score"]) for r in as_there + rows if r["setting"] == setting])
         each, score = ", ".join(f"{value:.0f}" for value in returns), ((returns - random) / (best - random)).mean()
-        lines.append(f"| {setting.replace('-', ', ', 1) if 'none-' in setting else setting} | {each} | {score:.2f} |")
+        objective, changed = re.fullmatch(r"(none|clip-0.2)(.*)", setting).groups()
+        lines.append(f"| {objective}{changed.replace('-', ', ', 1).replace('-', ' ')} | {each} | {score:.2f} |")
     return "\n".join(lines)
 
 
