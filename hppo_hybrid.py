@@ -81,7 +81,7 @@ class Args:
     parameter_mask: str | None = None
     """K rows of P zeros and ones, JSON or its file: what each choice uses"""
     hold: tuple[int, ...] = ()
-    """steps to hold a Box action, each a choice: 1 2 4 8; all counts are of decisions"""
+    """steps to hold a Box action, each a choice; counts are of decisions"""
 
     # Algorithm
     num_steps: int = 256
