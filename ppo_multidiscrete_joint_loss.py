@@ -76,7 +76,7 @@ from tqdm import tqdm
 class Args:
     # Task
     env_id: str = "HalfCheetah-v4"
-    """gymnasium id with Box, MultiDiscrete or Discrete actions, or MicroRTS-10x10-basesWorkers and the like"""
+    """gymnasium id, or MicroRTS-10x10-basesWorkers and the like"""
     seed: int = 1
     """seed of torch, numpy and random; environment i starts from seed + i"""
     total_timesteps: int = 1_000_000
@@ -130,7 +130,7 @@ class Args:
 
     # MicroRTS
     opponent: tuple[str, ...] = ("coacAI",)
-    """bots, shared out over the environments; an evaluation draws its actions and plays the first"""
+    """bots, shared out over the environments; evaluation: the first"""
     selfplay: int = 0
     """so many games in which the first 2 x n environments play each other"""
     action_mode: Literal["unit", "gridnet"] = "unit"

@@ -122,7 +122,7 @@ class Args:
     dual_parameterisation: Literal["projection", "softplus"] = "projection"
     """keep them positive by a clamp at 1e-8, or as softplus of parameters"""
     target_period: int = 0
-    """gradient steps between two copies of theta to the target network, 0: those of an iteration"""
+    """gradient steps from one target network to the next, 0: an iteration's"""
     importance_weights: bool = True
     """rho for samples older than the target network, else 1"""
     clip_coef: float = 0.2
@@ -144,7 +144,7 @@ class Args:
     log_std_init: float = 0.0
     """log sigma at the start"""
     recurrent: bool = False
-    """an LSTM ahead of the networks, fed with last action and reward; compiled up to 32 steps"""
+    """an LSTM first, fed with last action and reward; compiled up to 32 steps"""
     norm_obs: bool = True
     """give observations mean 0 and variance 1, clip to [-10, 10]"""
     norm_reward: bool = True
