@@ -374,7 +374,7 @@ def test_the_whole_loss_of_masked_sub_actions(loss, count_inapplicable):
     assert (grads[list(params).index("actor_mean.weight")][1] == 0).all() and w.shape[0] == 7  # choice 1 is never open
 
 
-@pytest.mark.parametrize("kind", ["masked", "unit", "gridnet"])
+@pytest.mark.parametrize("kind", ["masked", "unit"])  # gridnet takes minutes to compile
 def test_compiled_and_plain_updates_agree(kind, capsys):
     agent, args, obs = masked(64) if kind == "masked" else microrts(kind, M=64)[:3]
     args.loss, args.ent_coef, args.num_minibatches = "mix-ratio", 0.01, 1
