@@ -606,7 +606,7 @@ def test_memory_solves_what_none_can_without(tmp_path):
 
 
 def test_a_recurrent_run_resumes_to_the_bit(tmp_path):
-    flags = ["--env-id", "Hopper-v4", "--recurrent", "--total-timesteps", 1024, "--checkpoint-every", 2, "--update-epochs", 2]
+    flags = ["--env-id", "Hopper-v4", "--recurrent", "--total-timesteps", 1024, "--checkpoint-every", 2]
     (tmp_path / "killer").mkdir()
     (tmp_path / "killer" / "sitecustomize.py").write_text(KILLER)
     whole = script(*SMALL, *flags, "--runs-dir", tmp_path / "whole")
