@@ -330,7 +330,7 @@ def test_evaluation_repeats_itself_and_changes_no_file(finished, capfd):
     assert outputs[0] == outputs[1] and outputs[0].err == ""
     assert snapshot(finished) == before
     returns = json.loads((finished / "result.json").read_text())["eval_returns"]  # as measured after the training
-    text = f"{np.mean(returns):.1f} .*{np.std(returns):.1f}\n.*{returns[0]:.1f} {returns[1]:.1f}\n"
+    text = f"{np.mean(returns):.2f} .*{np.std(returns):.2f}\n.*{returns[0]:.2f} {returns[1]:.2f}\n"
     assert re.search(text, outputs[0].out), outputs[0].out
 
 
