@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # hppo_hybrid.py: the default loss (separate ratios, chosen parameters) on eight hybrid tasks, and all four combinations
-# of --loss and --parameters on two of them; 5 seeds, 2M steps, 1,000 greedy episodes at the end. One setting for all, but
-# that CatchPoint explores more.
+# of --loss and --parameters on two of them; 5 seeds, 2M steps, 1,000 greedy episodes at the end. One setting for all,
+# but that CatchPoint explores more.
 # Kill it when you like and start it again. Flags go to the runner: --jobs 8, --dry-run, --cluster auto.
 #
 #     pip install -r benchmarks/requirements.txt hybrid-platform==0.1.0 numba==0.68.1 && benchmarks/hppo.sh

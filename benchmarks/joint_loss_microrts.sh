@@ -9,8 +9,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 batch="--num-envs 32 --num-steps 512 --num-minibatches 16 --update-epochs 4 --learning-rate 2.5e-4 --ent-coef 0.01"
-run="--env-id MicroRTS-10x10-basesWorkers --opponent coacAI --total-timesteps 3000000 $batch --no-norm-reward --no-clip-vloss --max-steps 5000"
-run="$run --eval-episodes 100 --device cpu --no-compile"  # on a CPU compiling gains convolutions nothing
+run="--env-id MicroRTS-10x10-basesWorkers --opponent coacAI --max-steps 5000 --total-timesteps 3000000 $batch"
+run="$run --no-norm-reward --no-clip-vloss --eval-episodes 100 --device cpu"
+run="$run --no-compile"  # on a CPU compiling gains convolutions nothing
 
 for seed in 1 2; do
     command="python ppo_multidiscrete_joint_loss.py --seed $seed $run"
