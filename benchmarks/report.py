@@ -342,6 +342,21 @@ def ppo_table1_none(rows: list[dict], curves: list[dict], figures: Path) -> str:
     return "\n".join(lines)
 
 
+def ppo_table1_order(rows: list[dict], curves: list[dict], figures: Path) -> str:
+    objectives, env_ids = [s for s in BEST_OF_KIND if s != "none"], ordered(r["env_id"] for r in rows)
+    table1 = [r for r in read_csv(HERE / "results/ppo_table1.csv") if r["setting"] in objectives]
+    lines = [f"| | {' | '.join(f'{o}, {e}' for e in env_ids for o in objectives)} |"]
+    lines.append("|---" * (1 + len(env_ids) * len(objectives)) + "|")
+    for change in ordered(["", *(re.sub("|".join(objectives), "", r["setting"]) for r in rows)]):
+        cells = []
+        for env_id in env_ids:
+            for objective in objectives:
+                values = values_of(table1 + rows, objective + change, env_id)
+                cells.append(f"{values.mean():.0f} ± {values.std():.0f}" if values.size else "-")
+        lines.append(f"| {change[1:].replace('-', ' ') or 'as in Table 1'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def precision(value: float) -> int:
     """Decimals that a return of this size deserves."""
     return 0 if abs(value) >= 100 else 1
@@ -524,7 +539,10 @@ def vmpo(rows: list[dict], curves: list[dict], figures: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------------------------
 
-SWEEPS = (ppo_continuous, ppo_table1, ppo_table1_none, hppo, joint_loss_mujoco, joint_loss_microrts, vmpo)
+SWEEPS = (
+    *(ppo_continuous, ppo_table1, ppo_table1_none, ppo_table1_order),
+    *(hppo, joint_loss_mujoco, joint_loss_microrts, vmpo),
+)
 REPORTS = {report.__name__: report for report in SWEEPS}
 
 
