@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # vmpo.py: softmax policies on three tasks, 5 seeds; Gaussian ones on five, 3 seeds and 3M steps, beside
-# ppo_continuous.py with the same rollout and network; which of its parts matter, on two of them, 1M steps; and one long pair.
+# ppo_continuous.py with the same rollout and network; which of its parts matter, on two of them, 1M steps; and one long
+# pair.
 # Kill it when you like and start it again. Flags go to the runner: --jobs 8, --dry-run, --cluster auto.
 #
 #     pip install -r benchmarks/requirements.txt && benchmarks/vmpo.sh
