@@ -307,6 +307,10 @@ def connect(args: Args):
         if host:  # Ray would try for minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         ray.init(address, log_to_driver=False, logging_level="ERROR")
+        needed = {"CPU": args.cpus, "GPU": args.gpus}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(all(node.get(name, 0) >= amount for name, amount in needed.items()) for node in nodes):
+            print(f"warning: no node has the {args.cpus:g} CPUs and {args.gpus:g} GPUs of a run yet", file=sys.stderr)
         # A task waits until its last results are taken here, so that they pile up nowhere.
         options = {"max_retries": 0, "num_returns": "streaming", "_generator_backpressure_num_objects": 1}
         return ray.remote(num_cpus=args.cpus, num_gpus=args.gpus, **options)(run_on_worker)

@@ -151,6 +151,23 @@ def test_table_1_s_scores_are_those_worked_out_by_hand(tmp_path, monkeypatch):
     assert "| none | 7.5 ± 2.5 | -50.0 ± 5.0 |" in text
 
 
+def test_the_changes_to_table_1_stand_below_its_own_results(tmp_path, monkeypatch):
+    def row(setting, env_id, score):
+        return {"setting": setting, "env_id": env_id, "score": str(score)}
+
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    table1 = [row("clip-0.2", "A", 1), row("clip-0.2", "A", 3), row("none", "A", 9), row("fixed-3", "A", 200)]
+    report.write_csv(tmp_path / "results/ppo_table1.csv", table1)
+    text = report.ppo_table1_order([row("clip-0.2-annealed", "A", 7), row("fixed-3-annealed", "A", 8)], [], tmp_path)
+    assert text.splitlines() == [
+        "| | clip-0.2, A | adaptive-0.01, A | fixed-3, A |",
+        "|---|---|---|---|",
+        "| as in Table 1 | 2 ± 1 | - | 200 ± 0 |",
+        "| annealed | 7 ± 0 | - | 8 ± 0 |",
+    ]
+
+
 def test_a_real_run_of_another_script_has_a_row_and_a_table(tmp_path):
     """hppo_hybrid.py has no --backend, and its evaluation has a rate of success."""
     import hppo_hybrid

@@ -332,3 +332,26 @@ def test_a_worker_killed_on_a_cluster_costs_only_what_it_did_since_its_last_chec
     assert len(starts(COMMANDS[1], tmp_path)) == 1
     for command in COMMANDS:
         assert_same_outcome(run_dir(command, tmp_path), run_dir(command, never_killed))
+
+
+def test_a_run_that_lost_its_last_worker_has_failed_and_the_next_runner_continues_it(two_nodes, never_killed, tmp_path):
+    address, folder = two_nodes
+    flags = {"RAY_ADDRESS": address}  # for auto
+    runner = start(COMMANDS[:1], tmp_path, "--cluster", "auto", "--retries", "0", **flags)
+    wait_for(runner, lambda: iteration(COMMANDS[0], tmp_path) > 0)
+    trainings = parents("--seed\x001\x00")
+    (worker,) = {parent for pid, parent in parents(folder).items() if pid in trainings}
+    os.kill(worker, signal.SIGKILL)
+    status, _, err = finish(runner)
+    assert status == 1 and "0 of 1 runs, 1 failed" in err and "the worker was lost: " in err, err
+    status, _, err = run(COMMANDS[:1], tmp_path, "--cluster", "auto", **flags)
+    assert status == 0 and "1 of 1 runs, 0 failed" in err, err
+    assert_same_outcome(run_dir(COMMANDS[0], tmp_path), run_dir(COMMANDS[0], never_killed))
+
+
+def test_resources_that_no_node_has_are_pointed_out(two_nodes, tmp_path):
+    runner = start(COMMANDS[:1], tmp_path, "--cluster", two_nodes[0], "--cpus", "2")
+    assert runner.stderr.readline() == "warning: no node has the 2 CPUs and 0 GPUs of a run yet\n"
+    wait_for(runner, lambda: "starting" in runner.stderr.readline())  # the bar: from here on signals are its own
+    runner.send_signal(signal.SIGINT)
+    assert finish(runner)[0] == 130
