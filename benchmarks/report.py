@@ -293,14 +293,22 @@ def colour_of(setting: str) -> str:
     return next(c for name, c in BEST_OF_KIND.items() if name.split("-")[0] == setting.split("-")[0])
 
 
-def ppo_table1(rows: list[dict], curves: list[dict], figures: Path) -> str:
-    env_ids = sorted({r["env_id"] for r in rows})
-    settings = [s for s in TABLE1 if any(r["setting"] == s for r in rows)]
+def random_and_best(table1: list[dict]) -> dict[str, tuple[float, float]]:
+    """The returns that are a score of 0 and of 1, for each environment."""
     random = {r["env_id"]: float(r["mean"]) for r in read_csv(HERE / "results/random_policy.csv")}
-    best = {e: max(float(r["score"]) for r in rows if r["env_id"] == e) for e in env_ids}
+    env_ids = sorted({r["env_id"] for r in table1})
+    return {e: (random[e], max(float(r["score"]) for r in table1 if r["env_id"] == e)) for e in env_ids}
+
+
+def normalise(returns: np.ndarray, random: float, best: float) -> np.ndarray:
+    return (returns - random) / (best - random)
+
+
+def ppo_table1(rows: list[dict], curves: list[dict], figures: Path) -> str:
+    ends = random_and_best(rows)
+    env_ids, settings = list(ends), [s for s in TABLE1 if any(r["setting"] == s for r in rows)]
     normalised = {
-        s: [(values_of(rows, s, e) - random[e]) / (best[e] - random[e]) for e in env_ids if values_of(rows, s, e).size]
-        for s in settings
+        s: [normalise(values_of(rows, s, e), *ends[e]) for e in env_ids if values_of(rows, s, e).size] for s in settings
     }
     curves_figure(curves, rows, BEST_OF_KIND, figures / "ppo_table1_curves.png")
     scores_figure(normalised, figures / "ppo_table1_scores.png")
@@ -315,12 +323,12 @@ def ppo_table1(rows: list[dict], curves: list[dict], figures: Path) -> str:
     for setting in settings:
         cells = []
         for env_id in env_ids:
-            values, decimals = values_of(rows, setting, env_id), precision(best[env_id])
+            values, decimals = values_of(rows, setting, env_id), precision(ends[env_id][1])
             spread = f" ± {values.std():.{decimals}f}" if values.size > 1 else ""
             cells.append(f"{values.mean():.{decimals}f}{spread}" if values.size else "-")
         raw.append(f"| {setting} | {' | '.join(cells)} |")
-    for name, values in (("random", random), ("best run", best)):
-        raw.append(f"| {name} | {' | '.join(f'{values[e]:.{precision(best[e])}f}' for e in env_ids)} |")
+    for k, name in enumerate(("random", "best run")):
+        raw.append(f"| {name} | {' | '.join(f'{ends[e][k]:.{precision(ends[e][1])}f}' for e in env_ids)} |")
     figures_md = [f"![{n}](benchmarks/figures/ppo_table1_{n}.png)" for n in ("scores", "curves")]
     total = 3 * 7 * len(TABLE1)
     partial = [f"So far {len(rows)} of the {total} runs are done.", ""] if len(rows) < total else []
@@ -330,30 +338,31 @@ def ppo_table1(rows: list[dict], curves: list[dict], figures: Path) -> str:
 
 def ppo_table1_none(rows: list[dict], curves: list[dict], figures: Path) -> str:
     table1 = [r for r in read_csv(HERE / "results/ppo_table1.csv") if r["env_id"] == "HalfCheetah-v4"]
-    random = {r["env_id"]: float(r["mean"]) for r in read_csv(HERE / "results/random_policy.csv")}["HalfCheetah-v4"]
-    best = max(float(r["score"]) for r in table1)
+    ends = random_and_best(table1)["HalfCheetah-v4"]
     as_there = [{**r, "setting": f"{r['setting']} (Table 1)"} for r in table1 if r["setting"] in ("none", "clip-0.2")]
     lines = ["| HalfCheetah | return of each seed | normalised score |", "|---|---|---|"]
     for setting in ordered(r["setting"] for r in as_there + rows):
         returns = np.array([float(r["score"]) for r in as_there + rows if r["setting"] == setting])
-        each, score = ", ".join(f"{value:.0f}" for value in returns), ((returns - random) / (best - random)).mean()
+        each, score = ", ".join(f"{value:.0f}" for value in returns), normalise(returns, *ends).mean()
         objective, changed = re.fullmatch(r"(none|clip-0.2)(.*)", setting).groups()
         lines.append(f"| {objective}{changed.replace('-', ', ', 1).replace('-', ' ')} | {each} | {score:.2f} |")
     return "\n".join(lines)
 
 
 def ppo_table1_order(rows: list[dict], curves: list[dict], figures: Path) -> str:
-    objectives, env_ids = [s for s in BEST_OF_KIND if s != "none"], ordered(r["env_id"] for r in rows)
-    table1 = [r for r in read_csv(HERE / "results/ppo_table1.csv") if r["setting"] in objectives]
-    lines = [f"| | {' | '.join(f'{o}, {e}' for e in env_ids for o in objectives)} |"]
-    lines.append("|---" * (1 + len(env_ids) * len(objectives)) + "|")
+    table1, changed = read_csv(HERE / "results/ppo_table1.csv"), ordered(r["env_id"] for r in rows)
+    ends, objectives = random_and_best(table1), [s for s in BEST_OF_KIND if s != "none"]
+    lines = [f"| changed | objective | {' | '.join(changed)} | score of Table 1 with these |"]
+    lines.append("|---" * (3 + len(changed)) + "|")
     for change in ordered(["", *(re.sub("|".join(objectives), "", r["setting"]) for r in rows)]):
-        cells = []
-        for env_id in env_ids:
-            for objective in objectives:
-                values = values_of(table1 + rows, objective + change, env_id)
-                cells.append(f"{values.mean():.0f} ± {values.std():.0f}" if values.size else "-")
-        lines.append(f"| {change[1:].replace('-', ' ') or 'as in Table 1'} | {' | '.join(cells)} |")
+        for objective in objectives:
+            returns = {e: values_of(table1, objective, e) for e in ends}
+            returns |= {e: values_of(table1 + rows, objective + change, e) for e in changed}
+            cells = [f"{returns[e].mean():.0f} ± {returns[e].std():.0f}" if returns[e].size else "-" for e in changed]
+            whole = all(values.size for values in returns.values())
+            score = with_interval([normalise(returns[e], *ends[e]) for e in ends], mean, 2) if whole else "-"
+            name = change[1:].replace("-", " ") or "nothing"
+            lines.append(f"| {name} | {objective} | {' | '.join(cells)} | {score} |")
     return "\n".join(lines)
 
 

@@ -156,15 +156,22 @@ def test_the_changes_to_table_1_stand_below_its_own_results(tmp_path, monkeypatc
         return {"setting": setting, "env_id": env_id, "score": str(score)}
 
     (tmp_path / "results").mkdir()
+    (tmp_path / "results/random_policy.csv").write_text("env_id,mean\nA,0.0\nB,-10.0\n")
     monkeypatch.setattr(report, "HERE", tmp_path)
-    table1 = [row("clip-0.2", "A", 1), row("clip-0.2", "A", 3), row("none", "A", 9), row("fixed-3", "A", 200)]
+    table1 = [row("clip-0.2", "A", 2), row("clip-0.2", "A", 6), row("none", "A", 9), row("fixed-3", "A", 20)]
+    table1 += [row("clip-0.2", "B", -5), row("clip-0.2", "B", -5), row("fixed-3", "B", 0)]
     report.write_csv(tmp_path / "results/ppo_table1.csv", table1)
-    text = report.ppo_table1_order([row("clip-0.2-annealed", "A", 7), row("fixed-3-annealed", "A", 8)], [], tmp_path)
-    assert text.splitlines() == [
-        "| | clip-0.2, A | adaptive-0.01, A | fixed-3, A |",
+    rows = [row("clip-0.2-annealed", "A", 16), row("clip-0.2-annealed", "A", 16), row("fixed-3-annealed", "A", 8)]
+    # A from 0 to 20, B from -10 to 0: clip-0.2 has .1, .3 and .5, .5; annealed .8, .8 and the same .5, .5
+    assert report.ppo_table1_order(rows, [], tmp_path).splitlines() == [
+        "| changed | objective | A | score of Table 1 with these |",
         "|---|---|---|---|",
-        "| as in Table 1 | 2 ± 1 | - | 200 ± 0 |",
-        "| annealed | 7 ± 0 | - | 8 ± 0 |",
+        "| nothing | clip-0.2 | 4 ± 2 | 0.35 [0.30, 0.40] |",
+        "| nothing | adaptive-0.01 | - | - |",
+        "| nothing | fixed-3 | 20 ± 0 | 1.00 |",
+        "| annealed | clip-0.2 | 16 ± 0 | 0.65 [0.65, 0.65] |",
+        "| annealed | adaptive-0.01 | - | - |",
+        "| annealed | fixed-3 | 8 ± 0 | 0.70 |",
     ]
 
 
