@@ -8,6 +8,7 @@ A section is what stands under a banner, so lines are counted as a reader meets 
 
 import difflib
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,4 +88,5 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that is left, head: no traceback
     main(tyro.cli(Args))

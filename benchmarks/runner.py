@@ -363,6 +363,7 @@ def main(args: Args):
         done = set() if args.fresh else committed(args.name)
         left = [run for run in runs if run.command not in done and not run.finished()]
         if args.dry_run:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that is left, head: no error
             for run in runs:
                 state = "finished" if run not in left else "resume" if run.folder() else "new"
                 print(f"{state:9}{run.command}")

@@ -126,6 +126,16 @@ def test_wrong_arguments_are_one_line(argv):
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
+def test_a_reader_who_has_seen_enough_gets_no_traceback():
+    process = subprocess.Popen(
+        [sys.executable, TOOL, BASE, ROOT / "ppo_multidiscrete_joint_loss.py"],
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+    )
+    assert process.stdout.readline().startswith("# Header: ")
+    process.stdout.close()  # the rest is more than a pipe holds
+    assert process.stderr.read() == "" and process.wait() != 0
+
+
 def test_the_readme_s_diff_is_the_tool_s():
     block = (ROOT / "README.md").read_text().split("```diff\n")[1].split("```")[0]
     command = [sys.executable, TOOL, BASE, ROOT / "ppo_klpen.py"]
