@@ -881,7 +881,8 @@ def hidden_layers(*sizes: int) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """A softmax over K choices, a Gaussian N(mean(s), diag sigma^2) over all P parameters and a value V(s)."""
+    """A softmax over K choices, a Gaussian N(mean(s), diag sigma^2) over all P parameters and a value V(s). Parameters
+    are clipped to [-1, 1]; a mean beyond would feel no gradient, so tanh keeps it within."""
 
     def __init__(self, env: HybridActions, args: Args):
         super().__init__()
@@ -918,7 +919,7 @@ class Agent(nn.Module):
         """Normalised obs [B, O] -> logits [B, K], mean [B, P], log_std [B, P], V [B]."""
         inputs, valid = obs.split([self.obs_dim, self.masked], -1)
         hidden = [encoder(inputs) for encoder in self.encoders] * (3 // len(self.encoders))
-        logits, mean = self.actor_logits(hidden[0]), self.actor_mean(hidden[1])
+        logits, mean = self.actor_logits(hidden[0]), self.actor_mean(hidden[1]).tanh()
         if self.masked:
             logits = logits.masked_fill(valid == 0, -1e8)  # probability 0, and no gradient
         log_std = self.actor_logstd(hidden[1]) if isinstance(self.actor_logstd, nn.Linear) else self.actor_logstd

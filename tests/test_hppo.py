@@ -49,7 +49,7 @@ def by_hand(agent, batch, args):
     inputs, valid = batch["obs"][:, : agent.obs_dim], batch["obs"][:, agent.obs_dim :]
     hidden = [encoder(inputs) for encoder in agent.encoders]
     hidden = hidden if len(hidden) == 3 else hidden * 3
-    logits, mean, V = agent.actor_logits(hidden[0]), agent.actor_mean(hidden[1]), agent.critic(hidden[2])[:, 0]
+    logits, mean, V = agent.actor_logits(hidden[0]), agent.actor_mean(hidden[1]).tanh(), agent.critic(hidden[2])[:, 0]
     log_std = agent.actor_logstd(hidden[1]) if args.std_type == "state" else agent.actor_logstd.expand_as(mean)
     (K, P), zero, rows = agent.parameter_mask.shape, torch.zeros((), dtype=torch.float64), []
     for i, (k, *x) in enumerate(batch["actions"]):
@@ -201,6 +201,7 @@ def test_with_one_choice_an_update_is_that_of_ppo_continuous(norm_adv, loss, par
     for name in ("actor_mean", "actor_logstd"):
         setattr(agent, name, copy.deepcopy(getattr(base, name)))
     agent.critic = copy.deepcopy(base.critic[-1])
+    base_mean, base.actor_mean = base.actor_mean, torch.nn.Sequential(base.actor_mean, torch.nn.Tanh())
 
     batch = {name: tensor.float() for name, tensor in batch_for(agent.double(), args).items()}
     agent, coefs, indices = agent.float(), {"learning_rate": torch.tensor(1e-3)}, torch.randperm(64).view(4, 16)
@@ -210,11 +211,11 @@ def test_with_one_choice_an_update_is_that_of_ppo_continuous(norm_adv, loss, par
     wanted, base_metrics = ppo_continuous.update_step(
         ppo_continuous.init_optimizer(base), base_batch, indices, coefs, base, base_args
     )
-    before = base.actor_mean.weight.clone()
+    before = base_mean.weight.clone()
     hppo.write_parameters(optimizer["theta"], agent), ppo_continuous.write_parameters(wanted["theta"], base)
-    assert (base.actor_mean.weight - before).abs().max() > 1e-3  # four steps of Adam
+    assert (base_mean.weight - before).abs().max() > 1e-3  # four steps of Adam
     pairs = [(agent.encoders[1], base.actor), (agent.encoders[2], base.critic[:-1]), (agent.critic, base.critic[-1])]
-    pairs = [(a.state_dict(), b.state_dict()) for a, b in [*pairs, (agent.actor_mean, base.actor_mean)]]
+    pairs = [(a.state_dict(), b.state_dict()) for a, b in [*pairs, (agent.actor_mean, base_mean)]]
     for found, expected in [*pairs, ({"": agent.actor_logstd}, {"": base.actor_logstd})]:
         assert all(torch.allclose(found[name], expected[name], rtol=0, atol=1e-6) for name in expected)
     metrics = dict(zip(hppo.METRICS, metrics.tolist()))
@@ -264,12 +265,12 @@ def test_without_parameters_an_update_is_that_of_discrete_ppo(loss):
 
 
 def opinionated(masks_choices=False):
-    """An agent with choices of probability 0.1, 0.2, 0.3, 0.4, and means 1, 2, 3."""
+    """An agent with choices of probability 0.1, 0.2, 0.3, 0.4, and means -0.5, 0.2, 0.9."""
     _, agent = agent_of(MASK, masks_choices=masks_choices)
     with torch.no_grad():
         agent.actor_logits.weight.zero_(), agent.actor_mean.weight.zero_()
         agent.actor_logits.bias.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]).log() + 5)  # softmax does not mind the 5
-        agent.actor_mean.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        agent.actor_mean.bias.copy_(torch.tensor([-0.5, 0.2, 0.9]).atanh())
         agent.actor_logstd.copy_(torch.tensor([0.5, 1.0, 2.0]).log())
     return agent
 
@@ -282,7 +283,7 @@ def test_act_draws_from_the_softmax_and_the_gaussian():
     for choice, p in enumerate([0.1, 0.2, 0.3, 0.4]):
         drawn = k == choice
         assert drawn.double().mean().item() == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / n))
-        for j, (mean, std) in enumerate([(1, 0.5), (2, 1), (3, 2)]):  # for any choice the same
+        for j, (mean, std) in enumerate([(-0.5, 0.5), (0.2, 1), (0.9, 2)]):  # for any choice the same
             assert x[drawn, j].mean().item() == pytest.approx(mean, abs=5 * std / math.sqrt(drawn.sum()))
             assert x[drawn, j].std().item() == pytest.approx(std, rel=0.02)
             below = (x[drawn, j] < mean - std).double().mean().item()
@@ -292,7 +293,8 @@ def test_act_draws_from_the_softmax_and_the_gaussian():
 def test_without_noise_act_is_greedy():
     agent = opinionated()
     noise = torch.zeros_like(hppo.draw_noise(agent, 5))
-    assert torch.equal(hppo.act(agent, torch.zeros(5, 3), noise), torch.tensor([3.0, 1.0, 2.0, 3.0]).expand(5, 4))
+    greedy = torch.tensor([3.0, -0.5, 0.2, 0.9]).expand(5, 4)
+    torch.testing.assert_close(hppo.act(agent, torch.zeros(5, 3), noise), greedy)
     assert hppo.draw_noise(agent, 7, 5).shape == (7, 5, 4 + 3)
 
 
