@@ -418,15 +418,23 @@ HPPO = {
 LOSSES = {"separate-chosen": BLUE, "separate-all": GREEN, "joint-chosen": ORANGE, "joint-all": RED}
 
 
+def longer(row: dict) -> dict:
+    """A row or curve of separate-chosen-6M as one of separate-chosen in an environment of its own."""
+    setting, _, steps = row["setting"].partition("chosen-")
+    return {**row, "setting": f"{setting}chosen", "env_id": f"{row['env_id']}, {steps}"} if steps else row
+
+
 def hppo(rows: list[dict], curves: list[dict], figures: Path) -> str:
+    rows, curves = list(map(longer, rows)), list(map(longer, curves))
     main = [r for r in rows if r["setting"] == "separate-chosen"]
     env_ids = sorted(ordered(r["env_id"] for r in main), key=natural)
-    lines = ["| environment | success, % | return | seeds | published H-PPO |", "|---|---|---|---|---|"]
+    lines = ["| environment | steps | success, % | return | seeds | published H-PPO |", "|---|---|---|---|---|---|"]
     for env_id in env_ids:
+        steps = next(int(r["steps"]) for r in main if r["env_id"] == env_id)
         success = cell(rows, "separate-chosen", env_id, "eval_success", 100, 1)
         score = cell(rows, "separate-chosen", env_id, "eval_return", 1, 3)
         seeds = len(values_of(main, "separate-chosen", env_id))
-        lines.append(f"| {env_id} | {success} | {score} | {seeds} | {HPPO.get(env_id, '-')} |")
+        lines.append(f"| {env_id} | {steps / 1e6:.1f}M | {success} | {score} | {seeds} | {HPPO.get(env_id, '-')} |")
     compared = [e for e in env_ids if any(r["env_id"] == e and r["setting"] != "separate-chosen" for r in rows)]
     header = " | ".join(f"{e}: success, % | return" for e in compared)
     ablation = [f"| loss and parameters | {header} |", "|---" * (1 + 2 * len(compared)) + "|"]

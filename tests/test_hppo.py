@@ -369,6 +369,12 @@ def test_a_whole_run(flags, tmp_path, capfd):
     assert (", success " in out) == embedded
     logged = {tag for tag, step, _ in scalars(folder) if step == 512}
     assert logged >= {f"losses/{name}" for name in hppo.METRICS}
+    means = {step: value for tag, step, value in scalars(folder) if tag == "charts/episodic_return"}
+    with open(folder / "episodes.csv") as file:
+        rows = list(csv.DictReader(file))
+    episodes = [(math.ceil(int(row["global_step"]) / 256) * 256, float(row["return"])) for row in rows]
+    by_batch = {step: np.mean([value for batch, value in episodes if batch == step]) for step, _ in episodes}
+    assert means == pytest.approx(by_batch, rel=1e-5) and (means or "Half" in flags)
     hppo.main(hppo.parse_args(["--eval", str(folder)]))  # the same model, the same episodes
     again = capfd.readouterr().out
     assert again.splitlines()[0] in out and again.splitlines()[1] in out
