@@ -425,7 +425,8 @@ def longer(row: dict) -> dict:
 
 
 def hppo(rows: list[dict], curves: list[dict], figures: Path) -> str:
-    rows, curves = list(map(longer, rows)), list(map(longer, curves))
+    rows = list(map(longer, rows))
+    curves = sorted(map(longer, curves), key=lambda c: natural(c["env_id"]))
     main = [r for r in rows if r["setting"] == "separate-chosen"]
     env_ids = sorted(ordered(r["env_id"] for r in main), key=natural)
     lines = ["| environment | steps | success, % | return | seeds | published H-PPO |", "|---|---|---|---|---|---|"]
