@@ -40,6 +40,7 @@ import importlib.util
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -903,6 +904,7 @@ def compile_update(agent: Agent, optimizer: dict, coefs: dict, batch: dict, args
         optimizer = {name: tensor.clone() for name, tensor in optimizer.items()}  # the next replay overwrites it
         return optimizer, metrics.clone()
 
+    logging.getLogger("torch._inductor.scheduler").disabled = True  # of a failure it logs pages; a line will do
     gc.disable()  # the compiler's many small objects cost the collector 2 s
     try:
         indices = torch.arange(len(batch["obs"])).view(args.num_minibatches, -1)[: minibatches_per_call(args)]
