@@ -2,7 +2,7 @@
 # hppo_hybrid.py: the default loss (separate ratios, chosen parameters) on eight hybrid tasks, and all four combinations
 # of --loss and --parameters on two of them; 5 seeds, 2M steps, 1,000 greedy episodes at the end. One setting for all but
 # two: CatchPoint and Platform explore more and look less far ahead, and Platform, which makes 500 steps a second, has
-# 100,000 of them in smaller batches. Sliding stands there once more with 6M steps.
+# 100,000 of them in smaller batches at one learning rate. Sliding stands there once more with 6M steps.
 # Kill it when you like and start it again. Flags go to the runner: --jobs 8, --dry-run, --cluster auto.
 #
 #     pip install -r benchmarks/requirements.txt hybrid-platform==0.1.0 numba==0.68.1 && benchmarks/hppo.sh
@@ -25,7 +25,7 @@ run() {  # environment, seed, steps, name, flags
         for env in $environments; do
             case $env in
                 HybridCatchPoint-v0) run "$env" $seed 2000000 separate-chosen "$large $curious" ;;
-                gym_platform:Platform-v0) run "$env" $seed 100000 separate-chosen "$small $curious" ;;
+                gym_platform:Platform-v0) run "$env" $seed 100000 separate-chosen "$small $curious --no-anneal-lr" ;;
                 *) run "$env" $seed 2000000 separate-chosen "$large $patient" ;;
             esac
         done
