@@ -883,7 +883,7 @@ def hidden_layers(*sizes: int) -> nn.Sequential:
 
 class Agent(nn.Module):
     """A softmax over K choices, a Gaussian N(mean(s), diag sigma^2) over all P parameters and a value V(s). Parameters
-    are clipped to [-1, 1]; a mean beyond would feel no gradient, so tanh keeps it within."""
+    are clipped to [-1, 1]; a mean beyond could drift with no effect, so tanh keeps it within."""
 
     def __init__(self, env: HybridActions, args: Args):
         super().__init__()
