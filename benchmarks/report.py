@@ -419,7 +419,7 @@ LOSSES = {"separate-chosen": BLUE, "separate-all": GREEN, "joint-chosen": ORANGE
 
 
 def longer(row: dict) -> dict:
-    """A row or curve of separate-chosen-6M as one of separate-chosen in an environment of its own."""
+    """A row or curve of separate-chosen-10M as one of separate-chosen in an environment of its own."""
     setting, _, steps = row["setting"].partition("chosen-")
     return {**row, "setting": f"{setting}chosen", "env_id": f"{row['env_id']}, {steps}"} if steps else row
 

@@ -184,9 +184,9 @@ def test_a_real_run_of_another_script_has_a_row_and_a_table(tmp_path):
     hppo_hybrid.main(hppo_hybrid.parse_args(flags.split()))
     row, curve = report.read_run(next(tmp_path.iterdir()))
     assert row["eval_success"] in ("0.0000", "0.5000", "1.0000")
-    longer = [{**x, "setting": "separate-chosen-6M"} for x in (row, curve)]  # has a line and an axis of its own
+    longer = [{**x, "setting": "separate-chosen-10M"} for x in (row, curve)]  # has a line and an axis of its own
     text = report.hppo([row, longer[0]], [curve, longer[1]], tmp_path / "figures")
-    assert "| HybridMoving-v0 | 0.0M |" in text and "| HybridMoving-v0, 6M | 0.0M |" in text
+    assert "| HybridMoving-v0 | 0.0M |" in text and "| HybridMoving-v0, 10M | 0.0M |" in text
     assert (tmp_path / "figures/hppo_curves.png").exists()
 
 
