@@ -495,6 +495,20 @@ def joint_loss_mujoco(rows: list[dict], curves: list[dict], figures: Path) -> st
     return "\n".join(lines)
 
 
+def tournament(rows: list[dict]) -> list[str]:
+    """The table of what microrts_tournament.py has played, one for each map."""
+    lines = []
+    for env_id in ordered(r["env_id"] for r in rows):
+        here = [r for r in rows if r["env_id"] == env_id]
+        bots = ordered(r["opponent"] for r in here)
+        lines += [f"| {env_id}: wins, %, against | {' | '.join(bots)} |", "|---" * (1 + len(bots)) + "|"]
+        for s in ordered(r["setting"] for r in here):
+            cells = [cell([r for r in here if r["opponent"] == bot], s, env_id, "win_rate", 100) for bot in bots]
+            lines.append(f"| {s} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
 def joint_loss_microrts(rows: list[dict], curves: list[dict], figures: Path) -> str:
     parts = []
     for env_id in ordered(r["env_id"] for r in rows):
@@ -507,6 +521,7 @@ def joint_loss_microrts(rows: list[dict], curves: list[dict], figures: Path) -> 
             wins = [cell(here, s, env_id, column, 100) for column in ("win_rate", "eval_success")]
             lines.append(f"| {s} | {' | '.join(wins)} | {len(values_of(here, s, env_id))} |")
         parts += [*lines, ""]
+    parts += tournament(read_csv(HERE / "results/microrts_tournament.csv"))
     chosen = {f"{s}-0.2": c for s, c in MIXES.items() if s != "joint-0.3"}
     curves_figure(curves, rows, chosen, figures / "joint_loss_microrts.png")
     return "\n".join([*parts, "![MicroRTS](benchmarks/figures/joint_loss_microrts.png)"])

@@ -705,3 +705,26 @@ def test_a_whole_run_and_its_resumption(flags, tmp_path, capfd):
     ppo.main(ppo.parse_args(["--resume", str(folder)]))
     assert "notice: the state of these environments cannot be captured" in capfd.readouterr().out
     assert json.loads((folder / "result.json").read_text())["eval_returns"] == result["eval_returns"]
+
+
+def test_the_tournament_plays_what_it_has_not_played(tmp_path):
+    """A match is a real evaluation of a real run, its row is there when it ends, and a second call plays the rest."""
+    sizes = "--num-envs 2 --num-steps 16 --num-minibatches 1 --update-epochs 1 --eval-episodes 1 --max-steps 30"
+    game = "--env-id MicroRTS-8x8-basesWorkers --opponent passiveAI --no-compile --device cpu"
+    flags = [*sizes.split(), *game.split(), "--total-timesteps", "32", "--exp-name", "joint-0.2"]
+    ppo.main(ppo.parse_args([*flags, "--runs-dir", str(tmp_path / "runs/a-run")]))
+    script = Path(ppo.__file__).parent / "benchmarks/microrts_tournament.py"
+    results = tmp_path / "results.csv"
+
+    def play(*bots):
+        command = [sys.executable, str(script), "--runs", str(tmp_path / "runs"), "--results", str(results)]
+        done = subprocess.run([*command, "--games", "2", "--opponents", *bots], capture_output=True, text=True)
+        return done.returncode, results.read_text().splitlines() if results.exists() else [], done.stderr
+
+    row = "joint-0.2,MicroRTS-8x8-basesWorkers,1,{},2,0.000"  # in 30 steps nobody wins
+    header = "setting,env_id,seed,opponent,games,win_rate"
+    assert play("passiveAI")[:2] == (0, [header, row.format("passiveAI")])
+    results.write_text(results.read_text().replace("0.000", "0.500"))  # it would be 0 again if it were played again
+    status, lines, errors = play("passiveAI", "workerRushAI", "nobody")
+    assert status == 1 and "nobody" in errors  # what fails is told, the rest is played
+    assert lines == [header, row.format("passiveAI").replace("0.000", "0.500"), row.format("workerRushAI")]

@@ -190,6 +190,16 @@ def test_a_real_run_of_another_script_has_a_row_and_a_table(tmp_path):
     assert (tmp_path / "figures/hppo_curves.png").exists()
 
 
+def test_the_tournament_has_a_column_for_each_bot_and_the_mean_over_the_seeds():
+    rows = [
+        {"setting": "joint-0.2", "env_id": "M", "seed": seed, "opponent": bot, "win_rate": rate}
+        for seed, bot, rate in [("1", "coacAI", "0.900"), ("2", "coacAI", "1.000"), ("1", "passiveAI", "0.500")]
+    ]
+    head, _, line, _ = report.tournament(rows)
+    assert head == "| M: wins, %, against | coacAI | passiveAI |"
+    assert line == "| joint-0.2 | 95 [90, 100] | 50 |"
+
+
 def test_two_runs_of_one_row_are_refused_unless_they_are_the_same(copy):
     for k, extra in enumerate(["", "", "--clip-coef 0.5"]):
         folder = copy / f"runs/ppo_table1/{k}/run"

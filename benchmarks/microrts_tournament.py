@@ -1,0 +1,101 @@
+"""100 games of every trained MicroRTS policy against every bot; a row each, as it ends, in a CSV file.
+
+    python benchmarks/microrts_tournament.py                            # the finished runs of joint_loss_microrts.sh
+    python benchmarks/microrts_tournament.py --opponents workerRushAI --jobs 1
+
+A match is `ppo_multidiscrete_joint_loss.py --eval RUN --opponent BOT`, which draws from the policy: against a greedy
+one most bots play the same game over and over. Matches that the file has are skipped, so that a killed tournament goes
+on where it was. report.py joint_loss_microrts makes the table.
+"""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE.parent / "ppo_multidiscrete_joint_loss.py"
+COLUMNS = ("setting", "env_id", "seed", "opponent", "games", "win_rate")
+
+
+@dataclass
+class Args:
+    runs: Path = HERE / "runs/joint_loss_microrts"
+    """folder of a sweep's runs"""
+    results: Path = HERE / "results/microrts_tournament.csv"
+    """where the rows go"""
+    opponents: tuple[str, ...] = (
+        "passiveAI", "randomBiasedAI", "workerRushAI", "lightRushAI", "coacAI", "naiveMCTSAI"
+    )  # fmt: skip
+    """the bots"""
+    games: int = 100
+    """games a match"""
+    jobs: int = 2
+    """matches at a time"""
+
+
+def play(run: Path, opponent: str, games: int) -> dict:
+    """The row of a match. Raises RuntimeError with the end of its output when it fails."""
+    args = json.loads((run / "config.json").read_text())["args"]
+    command = [sys.executable, str(SCRIPT), "--eval", str(run), "--opponent", opponent, "--eval-episodes", str(games)]
+    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    said = re.search(r"^evaluation: (\d+) episodes.* success ([\d.]+)%$", done.stdout, re.MULTILINE)
+    if done.returncode or not said:
+        raise RuntimeError(f"{' '.join(command[1:])}: {(done.stdout + done.stderr)[-500:]}")
+    key = {"setting": args["exp_name"], "env_id": args["env_id"], "seed": str(args["seed"]), "opponent": opponent}
+    return {**key, "games": said[1], "win_rate": f"{float(said[2]) / 100:.3f}"}
+
+
+def write(path: Path, rows: list[dict]):
+    """The old rows or the new, whatever happens."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: [row[name] for name in COLUMNS[:4]]))
+    os.replace(temporary, path)
+
+
+def main(args: Args):
+    rows = []
+    if args.results.exists():
+        with open(args.results) as file:
+            rows = list(csv.DictReader(file))
+    played = {tuple(row[name] for name in COLUMNS[:4]) for row in rows}
+    matches, results = [], sorted(args.runs.glob("*/*/result.json"))
+    if not results:
+        print(f"error: --runs {args.runs}: no finished run is in there", file=sys.stderr)
+        raise SystemExit(2)
+    for result in results:
+        config = json.loads((result.parent / "config.json").read_text())["args"]
+        for opponent in args.opponents:
+            if (config["exp_name"], config["env_id"], str(config["seed"]), opponent) not in played:
+                matches.append((result.parent, opponent))
+    failed = 0
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(matches), unit="match", file=sys.stdout) as bar:
+        futures = [pool.submit(play, *match, args.games) for match in matches]
+        try:
+            for future in as_completed(futures):
+                if future.exception() is None:
+                    rows.append(future.result())
+                    write(args.results, rows)
+                    bar.update()
+                else:
+                    failed += 1
+                    print(f"error: {future.exception()}", file=sys.stderr)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # else the matches that wait would begin now
+            raise SystemExit(130) from None
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
