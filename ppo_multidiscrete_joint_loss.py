@@ -900,6 +900,9 @@ class Agent(nn.Module):
         if self.map is not None:
             networks = gridnet_networks if self.gridnet else unit_networks
             self.trunk, self.actor_mean, self.critic = networks(self.map, sum(self.plane_sizes), outputs)
+            cells = torch.cartesian_prod(*map(torch.arange, self.plane_sizes))  # all that there can be, in order
+            one_hot = [nn.functional.one_hot(column, n) for column, n in zip(cells.unbind(1), self.plane_sizes)]
+            self.register_buffer("one_hot", torch.cat(one_hot, 1).float(), persistent=False)
             return
         sizes = (self.obs_dim, *args.hidden_sizes)
         self.critic = nn.Sequential(*hidden_layers(*sizes), layer_init(nn.Linear(sizes[-1], 1), std=1.0))
@@ -920,12 +923,14 @@ class Agent(nn.Module):
         return torch.cat([scaled[..., : self.obs_dim], obs[..., self.obs_dim :]], -1)
 
     def features(self, obs: torch.Tensor) -> torch.Tensor:
-        """The planes of MicroRTS as one-hot planes, through the layers that policy and value share. In memory a cell's
-        channels lie side by side, which is how convolutions are fast on a CPU."""
-        planes = obs[..., : self.obs_dim].reshape(-1, len(self.plane_sizes), *self.map, 1)
-        ranges = [torch.arange(n, device=obs.device) for n in self.plane_sizes]
-        one_hot = torch.cat([planes[:, i] == r for i, r in enumerate(ranges)], -1)
-        return self.trunk(one_hot.float().permute(0, 3, 1, 2))
+        """The planes of MicroRTS as one-hot planes, through the layers that policy and value share. A cell's numbers
+        are those of its row in a table, whose copy has a cell's channels side by side: convolutions on a CPU are
+        fastest so."""
+        planes = obs[..., : self.obs_dim].reshape(-1, len(self.plane_sizes), *self.map).int()
+        cells = torch.zeros_like(planes[:, 0])
+        for plane, n in zip(planes.unbind(1), self.plane_sizes):
+            cells = cells * n + plane
+        return self.trunk(nn.functional.embedding(cells, self.one_hot).permute(0, 3, 1, 2))
 
     def policy(self, obs: torch.Tensor):
         """Normalised obs [B, O] -> (mean, log_std) [B, D], or logits [B, ...]."""
