@@ -1193,7 +1193,7 @@ def update_step(optimizer: dict, batch: dict, indices: torch.Tensor, coefs: dict
     """One gradient step for each row of indices [K, M] into the batch. Returns the new optimizer and mean METRICS."""
     metrics = []
     for rows in indices.unbind(0):
-        minibatch = {name: tensor[rows] for name, tensor in batch.items()}
+        minibatch = {name: tensor.index_select(0, rows) for name, tensor in batch.items()}
         gradient = torch.func.grad_and_value(loss, has_aux=True)
         grads, (_, values) = gradient(unflatten(optimizer["theta"], agent), agent, minibatch, coefs, args)
         optimizer = adam(optimizer, clip_grad_norm(flatten(grads), args.max_grad_norm), coefs["learning_rate"])

@@ -795,7 +795,7 @@ def normalize_advantages(advantages: torch.Tensor) -> torch.Tensor:
 def loss(params: dict, agent: Agent, whole: dict, rows: torch.Tensor, coefs: dict, args: Args):
     """The objective above over the rows [M] of a whole batch: a scalar, and METRICS as a vector without gradient. psi
     and L_eta are the whole's; the mean over the minibatches is the paper's loss, whose L_pi is a sum."""
-    batch = {name: tensor[rows] for name, tensor in whole.items()}
+    batch = {name: tensor.index_select(0, rows) for name, tensor in whole.items()}
     policy, values = torch.func.functional_call(agent, params, (batch["obs"], batch["done"]))
     logprobs, entropies = describe(policy, batch["actions"], agent.discrete)
     logratio = logprobs - batch["logprobs"]
