@@ -923,9 +923,9 @@ class Agent(nn.Module):
         return torch.cat([scaled[..., : self.obs_dim], obs[..., self.obs_dim :]], -1)
 
     def features(self, obs: torch.Tensor) -> torch.Tensor:
-        """The planes of MicroRTS as one-hot planes, through the layers that policy and value share. A cell's numbers
-        are those of its row in a table, whose copy has a cell's channels side by side: convolutions on a CPU are
-        fastest so."""
+        """The planes of MicroRTS as one-hot planes, through the layers that policy and value share. A cell's values
+        number its row in the table of all one-hot cells; rows put a cell's channels side by side in memory, which is
+        how convolutions are fast on a CPU."""
         planes = obs[..., : self.obs_dim].reshape(-1, len(self.plane_sizes), *self.map).int()
         cells = torch.zeros_like(planes[:, 0])
         for plane, n in zip(planes.unbind(1), self.plane_sizes):

@@ -4,13 +4,11 @@
     python benchmarks/microrts_tournament.py --opponents workerRushAI --jobs 1
 
 A match is `ppo_multidiscrete_joint_loss.py --eval RUN --opponent BOT`, which draws from the policy: against a greedy
-one most bots play the same game over and over. Matches that the file has are skipped, so that a killed tournament goes
-on where it was. report.py joint_loss_microrts makes the table.
+one most bots play the same game over and over. Matches that the file has, with as many games, are skipped, so that a
+killed tournament goes on where it was. report.py joint_loss_microrts makes the table.
 """
 
-import csv
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from report import fail, read_csv, write_csv
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parent / "ppo_multidiscrete_joint_loss.py"
-COLUMNS = ("setting", "env_id", "seed", "opponent", "games", "win_rate")
 
 
 @dataclass
@@ -42,6 +40,10 @@ class Args:
     """matches at a time"""
 
 
+def key_of(row: dict) -> tuple[str, ...]:
+    return row["setting"], row["env_id"], row["seed"], row["opponent"]
+
+
 def play(run: Path, opponent: str, games: int) -> dict:
     """The row of a match. Raises RuntimeError with the end of its output when it fails."""
     args = json.loads((run / "config.json").read_text())["args"]
@@ -54,30 +56,16 @@ def play(run: Path, opponent: str, games: int) -> dict:
     return {**key, "games": said[1], "win_rate": f"{float(said[2]) / 100:.3f}"}
 
 
-def write(path: Path, rows: list[dict]):
-    """The old rows or the new, whatever happens."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: [row[name] for name in COLUMNS[:4]]))
-    os.replace(temporary, path)
-
-
 def main(args: Args):
-    rows = []
-    if args.results.exists():
-        with open(args.results) as file:
-            rows = list(csv.DictReader(file))
-    played = {tuple(row[name] for name in COLUMNS[:4]) for row in rows}
+    rows = {key_of(row): row for row in read_csv(args.results)}
     matches, results = [], sorted(args.runs.glob("*/*/result.json"))
     if not results:
-        print(f"error: --runs {args.runs}: no finished run is in there", file=sys.stderr)
-        raise SystemExit(2)
+        fail(f"--runs {args.runs}: no finished run is in there")
     for result in results:
         config = json.loads((result.parent / "config.json").read_text())["args"]
         for opponent in args.opponents:
-            if (config["exp_name"], config["env_id"], str(config["seed"]), opponent) not in played:
+            row = rows.get((config["exp_name"], config["env_id"], str(config["seed"]), opponent))
+            if row is None or int(row["games"]) < args.games:
                 matches.append((result.parent, opponent))
     failed = 0
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(matches), unit="match", file=sys.stdout) as bar:
@@ -85,8 +73,9 @@ def main(args: Args):
         try:
             for future in as_completed(futures):
                 if future.exception() is None:
-                    rows.append(future.result())
-                    write(args.results, rows)
+                    row = future.result()
+                    rows[key_of(row)] = row
+                    write_csv(args.results, [rows[key] for key in sorted(rows)])
                     bar.update()
                 else:
                     failed += 1
