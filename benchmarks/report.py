@@ -495,8 +495,14 @@ def joint_loss_mujoco(rows: list[dict], curves: list[dict], figures: Path) -> st
     return "\n".join(lines)
 
 
+def matches_of(rows: list[dict]) -> list[dict]:
+    """The rows of what microrts_tournament.py has played with these runs."""
+    runs = set(map(key_of, rows))
+    return [r for r in read_csv(HERE / "results/microrts_tournament.csv") if key_of(r) in runs]
+
+
 def tournament(rows: list[dict]) -> list[str]:
-    """The table of what microrts_tournament.py has played, one for each map."""
+    """The table of these matches, one for each map."""
     lines = []
     for env_id in ordered(r["env_id"] for r in rows):
         here = [r for r in rows if r["env_id"] == env_id]
@@ -521,10 +527,14 @@ def joint_loss_microrts(rows: list[dict], curves: list[dict], figures: Path) -> 
             wins = [cell(here, s, env_id, column, 100) for column in ("win_rate", "eval_success")]
             lines.append(f"| {s} | {' | '.join(wins)} | {len(values_of(here, s, env_id))} |")
         parts += [*lines, ""]
-    parts += tournament(read_csv(HERE / "results/microrts_tournament.csv"))
+    parts += tournament(matches_of(rows))
     chosen = {f"{s}-0.2": c for s, c in MIXES.items() if s != "joint-0.3"}
     curves_figure(curves, rows, chosen, figures / "joint_loss_microrts.png")
     return "\n".join([*parts, "![MicroRTS](benchmarks/figures/joint_loss_microrts.png)"])
+
+
+def microrts_demo(rows: list[dict], curves: list[dict], figures: Path) -> str:
+    return "\n".join([*tournament(matches_of(rows)), "![a game](benchmarks/figures/microrts_demo.png)"])
 
 
 # --- vmpo: beside PPO, and which of its parts matter ------------------------------------------------------------------
@@ -574,7 +584,7 @@ def vmpo(rows: list[dict], curves: list[dict], figures: Path) -> str:
 
 SWEEPS = (
     *(ppo_continuous, ppo_table1, ppo_table1_none, ppo_table1_order),
-    *(hppo, joint_loss_mujoco, joint_loss_microrts, vmpo),
+    *(hppo, joint_loss_mujoco, joint_loss_microrts, microrts_demo, vmpo),
 )
 REPORTS = {report.__name__: report for report in SWEEPS}
 

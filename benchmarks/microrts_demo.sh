@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# A policy for MicroRTS 8x8 that beats WorkerRush, one unit a step; then 100 games against each bot. A quarter of the
+# games is against a random bot, from which it learns to win, and the rewards on the way are small beside that of a win:
+# with WorkerRush alone, or the usual weights, it lives on as long as it can instead.
+# Kill it when you like and start it again. Flags go to the runner: --dry-run, --fresh.
+#
+#     pip install -r benchmarks/requirements.txt && pip install --no-deps gym-microrts==0.4.3
+#     benchmarks/microrts_demo.sh && python benchmarks/microrts_tournament.py --runs benchmarks/runs/microrts_demo
+set -euo pipefail
+cd "$(dirname "$0")/.."
+task="--env-id MicroRTS-8x8-basesWorkers --opponent workerRushAI workerRushAI workerRushAI randomBiasedAI"
+task="$task --reward-weights 10 0.2 0.2 0.1 0.2 0.5 --total-timesteps 8000000 --eval-episodes 100"
+batch="--num-envs 32 --num-steps 256 --num-minibatches 8 --update-epochs 4 --learning-rate 5e-4 --ent-coef 0.01"
+command="python ppo_multidiscrete_joint_loss.py $task --loss separate --exp-name demo $batch"
+command="$command --no-norm-reward --no-clip-vloss --no-compile --device cpu"
+
+echo "$command" | nice -n 19 python benchmarks/runner.py --name microrts_demo --report "$@"
