@@ -1,6 +1,8 @@
 """Frames of a video side by side, the first and the last among them, in one picture.
 
-    python benchmarks/frame_strip.py runs/RUN/videos/1735689600/rl-video-episode-0.mp4 benchmarks/figures/microrts.png
+    python benchmarks/frame_strip.py runs/RUN/videos/TIME/rl-video-episode-0.mp4 benchmarks/figures/microrts_demo.png
+
+The colours are reduced to 256, which halves the file.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A policy for MicroRTS 8x8 that beats WorkerRush, one unit a step; then 100 games against each bot. A quarter of the
+# A policy for MicroRTS 8x8 against WorkerRush, one unit a step; then 100 games against each bot. A quarter of the
 # games is against a random bot, from which it learns to win, and the rewards on the way are small beside that of a win:
 # with WorkerRush alone, or the usual weights, it lives on as long as it can instead.
 # Kill it when you like and start it again. Flags go to the runner: --dry-run, --fresh.
