@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A policy for MicroRTS 8x8 against WorkerRush, one unit a step; then 100 games against each bot. A quarter of the
-# games is against a random bot, from which it learns to win, and the rewards on the way are small beside that of a win:
-# with WorkerRush alone, or the usual weights, it lives on as long as it can instead.
+# A policy for MicroRTS 8x8 against WorkerRush, one unit a step; then 100 games against each of five bots. A quarter of
+# the environments has a random bot, from which the policy learns to win: in trials with WorkerRush alone it learnt far
+# more slowly. The rewards on the way are small beside that of a win.
 # Kill it when you like and start it again. Flags go to the runner: --dry-run, --fresh.
 #
 #     pip install -r benchmarks/requirements.txt && pip install --no-deps gym-microrts==0.4.3

@@ -1,4 +1,4 @@
-"""100 games of every trained MicroRTS policy against every bot; a row each, as it ends, in a CSV file.
+"""100 games of every trained MicroRTS policy against each bot; a row each, as it ends, in a CSV file.
 
     python benchmarks/microrts_tournament.py                            # the finished runs of joint_loss_microrts.sh
     python benchmarks/microrts_tournament.py --opponents workerRushAI --jobs 1

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
+from moviepy import ImageSequenceClip
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -249,3 +251,19 @@ def test_wrong_input_is_one_line_and_writes_nothing(copy, argv):
     done = run_report(copy, *argv)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+def test_a_strip_has_a_video_s_frames_from_the_first_to_the_last(tmp_path):
+    script, video, picture = ROOT / "benchmarks/frame_strip.py", tmp_path / "a.mp4", tmp_path / "a.png"
+
+    def strip():
+        return subprocess.run([sys.executable, script, video, picture, "--frames", "3"], capture_output=True, text=True)
+
+    done = strip()
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith(f"error: {video}: ")
+    frames = [np.full((400, 400, 3), 10 * k, dtype=np.uint8) for k in range(21)]  # moviepy writes 20 of them
+    ImageSequenceClip(frames, fps=20).write_videofile(str(video), logger=None)
+    assert strip().returncode == 0
+    pixels = 255 * imread(picture)[:, :, 0]
+    assert pixels.shape == (200, 600)
+    np.testing.assert_allclose(pixels[100, [100, 300, 500]], [0, 100, 190], atol=4)
