@@ -15,16 +15,20 @@
 
 For states s, actions a and advantages A gathered with the policy pi_old of the target network, minimise over theta
 
-    L_pi    = -sum_D~ psi log pi_theta(a|s),    psi = rho exp(A / eta) / sum_D~ rho exp(A / eta)
+    L_pi    = -sum_D~ psi log pi_theta(a|s) + C,    psi = rho exp(A / eta) / sum_D~ rho exp(A / eta)
     L_eta   = eta eps_eta + eta log mean_D~ rho exp(A / eta)
     L_alpha = E[ alpha (eps_alpha - sg KL[pi_old || pi_theta]) + sg(alpha) KL[pi_old || pi_theta] ]
 
     D~ is the half of the batch with the largest A. psi, the E-step, is a better policy than pi_old, known at D~ only;
     the temperature eta keeps it within KL eps_eta of equal weights. L_pi, the M-step, is a weighted maximum
-    likelihood: no ratio, no clip, nothing is pushed away for A < 0. alpha grows while the KL exceeds eps_alpha.
+    likelihood: no ratio, no clip. alpha grows while the KL exceeds eps_alpha.
 
-sg stops the gradient. A Gaussian's mean and covariance have a KL and an alpha each. rho = min(1, pi_old / pi_behaviour)
-for samples older than the target network. All else is as in ppo_continuous.py; PopArt and an LSTM come on request.
+    C = E[ log pi_theta(a|s) - log pi_b(a|s) + KL[pi_b || pi_theta] ], pi_b the policy that acted, is not the paper's: a
+    control variate, of mean 0 for every theta since a came from pi_b. L_pi is the same in expectation; its gradient
+    has about half the variance, since psi alone pulls towards all of D~, also where that is no better than pi_b.
+
+sg stops the gradient. A Gaussian's mean and covariance have a KL and an alpha each. rho = min(1, pi_old / pi_b) for
+samples older than the target network. All else is as in ppo_continuous.py; PopArt and an LSTM come on request.
 
     python vmpo.py --env-id CartPole-v1
     python vmpo.py --eval runs/CartPole-v1__vmpo__1__1735689600
@@ -88,11 +92,11 @@ class Args:
     # Algorithm
     num_steps: int = 256
     """T, steps of each environment in a batch of N x T"""
-    update_epochs: int = 10
+    update_epochs: int = 4
     """passes over each batch"""
     num_minibatches: int = 8
     """equal parts that each pass cuts the batch into"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """Adam's step size at the start"""
     anneal_lr: bool = True
     """let the learning rate fall linearly, to 0 at the end"""
@@ -108,6 +112,8 @@ class Args:
     """V in units of the returns' mean and std (PopArt), rewards as they are"""
     top_half: bool = True
     """D~ is the better half of the batch, else all of it"""
+    control_variate: bool = True
+    """add C, of mean 0, to the policy loss, which takes from its variance"""
     eps_eta: float = 0.1
     """bound on the E-step's KL, in nats"""
     eps_alpha: float = 0.01
@@ -717,6 +723,7 @@ def make_batch(rows: dict, agent: Agent, theta, running: dict, reward_rms: Runni
         "obs": obs,
         "done": rows["done"].to(device),
         "actions": actions,
+        "behaviour": target,
         "target": target,
         "logprobs": describe(target, actions, agent.discrete)[0],
         "log_rho": torch.zeros_like(values),
@@ -804,6 +811,9 @@ def loss(params: dict, agent: Agent, whole: dict, rows: torch.Tensor, coefs: dic
     advantages = normalize_advantages(whole["advantages"]) if args.norm_adv else whole["advantages"]
     psi, eta_loss = e_step(duals[0], advantages, whole["selected"], whole["log_rho"], args.eps_eta)
     pg_loss = -(psi[rows] * logprobs).sum() * (len(psi) / len(rows))
+    if args.control_variate:
+        kl = kl_terms(batch["behaviour"], policy, agent.discrete, coupled=True)
+        pg_loss = pg_loss + logratio.mean() + kl.sum(-1).mean()
     kl = kl_terms(batch["target"], policy, agent.discrete, args.kl == "coupled").flatten(1, -2).mean(1)
     kl = kl if args.kl_per_dimension else kl.sum(-1, keepdim=True)
     alphas, bounds = duals[1:].view_as(kl), duals.new_tensor([[args.eps_alpha], [args.eps_alpha_cov]])[: len(kl)]

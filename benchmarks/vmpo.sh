@@ -33,9 +33,10 @@ continuous="Hopper-v4 Walker2d-v4 HalfCheetah-v4 Ant-v4 Humanoid-v4"
             }
             ablation default
             ablation all-samples --no-top-half
+            ablation no-control-variate --no-control-variate
             ablation coupled --kl coupled
             for period in 1 10 100; do ablation "period-$period" --target-period "$period"; done
-            for epochs in 1 4 16; do ablation "epochs-$epochs" --update-epochs "$epochs"; done
+            for epochs in 1 16; do ablation "epochs-$epochs" --update-epochs "$epochs"; done
             ablation popart --popart
             ablation nstep --advantage nstep
         done

@@ -56,6 +56,7 @@ def whole_batch(space, B=24, rho=False, **settings):
     generator = torch.Generator().manual_seed(3)
     obs = torch.randn(B, 5, generator=generator, dtype=torch.float64)
     target = old.policy(obs).detach()
+    behaviour = target.roll(1, 0) if rho else target
     torch.manual_seed(4)
     actions = torch.stack([d.sample() for d in distributions(target, space)], -1).double()
     advantages = torch.randn(B, generator=generator, dtype=torch.float64)
@@ -66,8 +67,9 @@ def whole_batch(space, B=24, rho=False, **settings):
         "obs": obs,
         "done": torch.zeros(B, dtype=torch.bool),
         "actions": actions,
+        "behaviour": behaviour,
         "target": target,
-        "logprobs": vmpo.describe(target, actions, agent.discrete)[0],
+        "logprobs": vmpo.describe(behaviour, actions, agent.discrete)[0],
         "log_rho": log_rho,
         "advantages": advantages,
         "selected": advantages >= advantages.median() + 1e-9,
@@ -143,12 +145,14 @@ CASES = [
     ("gaussian", {}),
     ("gaussian", {"rho": True, "norm_adv": False, "std_type": "state", "clip_vloss": False}),
     ("gaussian", {"kl": "coupled", "rho": True}),
+    ("gaussian", {"control_variate": False}),
     ("gaussian", {"kl_per_dimension": True, "std_type": "state"}),
     ("gaussian", {"kl_per_dimension": True, "kl": "coupled"}),
     ("gaussian", {"dual_parameterisation": "softplus", "ent_coef": 0.01}),
     ("gaussian", {"std_type": "fixed"}),
     ("gaussian", {"popart": True}),
     ("softmax", {"norm_adv": False}),
+    ("softmax", {"control_variate": False}),
     ("softmax", {"rho": True, "vf_coef": 1.0}),
     ("factors", {"rho": True}),
     ("factors", {"kl_per_dimension": True, "dual_parameterisation": "softplus"}),
@@ -169,6 +173,10 @@ def loss_by_hand(agent, params, batch, space, args):
     psi = [w.detach() / sum(w.detach() for w in weights) for w in weights]
     logp = sum(d.log_prob(batch["actions"][:, k]) for k, d in enumerate(new))
     L_pi = -sum(p * logp[i] for p, i in zip(psi, D))
+    if args.control_variate:
+        acted = distributions(batch["behaviour"], space)
+        logp_b = sum(d.log_prob(batch["actions"][:, k]) for k, d in enumerate(acted))
+        L_pi = L_pi + (logp - logp_b + sum(kl_divergence(b, n) for b, n in zip(acted, new))).mean()
     L_eta = eta * args.eps_eta + eta * (sum(weights) / len(D)).log()
     if isinstance(space, Box) and args.kl == "decoupled":
         kl = torch.stack(
@@ -231,7 +239,62 @@ def test_the_mean_over_minibatches_is_the_loss_of_the_whole_batch(kind):
         np.testing.assert_allclose(sum(grads[name] for grads, _ in parts) / 4, whole[name], rtol=1e-7, atol=1e-12)
     np.testing.assert_allclose(sum(m for _, m in parts) / 4, metrics, rtol=1e-9, atol=1e-12)
     worst = dict(zip(vmpo.METRICS, parts[0][1].tolist()))
-    assert worst["policy_loss"] == 0 and worst["eta_loss"] == metrics[vmpo.METRICS.index("eta_loss")]
+    assert worst["eta_loss"] == metrics[vmpo.METRICS.index("eta_loss")]
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_the_control_variate_s_mean_is_0_for_every_policy_over_the_actions_that_pi_b_may_take(kind):
+    """Exactly: summed over all choices, or by Gauss-Hermite quadrature, which 3 nodes make exact for a log-density."""
+    space = SPACES[kind]
+    agent, args, batch = whole_batch(space, rho=True)
+    obs, behaviour = batch["obs"][:1], batch["behaviour"][:1]
+    if kind == "gaussian":
+        nodes, weights = np.polynomial.hermite_e.hermegauss(3)
+        z = torch.cartesian_prod(*[torch.tensor(nodes)] * 3)
+        probabilities = torch.cartesian_prod(*[torch.tensor(weights / weights.sum())] * 3).prod(-1)
+        actions = behaviour[0, :, 0] + z * behaviour[0, :, 1].exp()
+    else:
+        factors = [torch.arange(n) for n in np.ravel(getattr(space, "nvec", getattr(space, "n", None)))]
+        actions = torch.cartesian_prod(*factors).view(-1, len(factors))
+        probabilities = vmpo.describe(behaviour.expand(len(actions), -1, -1), actions, True)[0].exp()
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-12)
+    one = {name: tensor[:1] for name, tensor in batch.items()} | {"obs": obs, "behaviour": behaviour}
+    one["selected"] = torch.ones(1, dtype=torch.bool)
+    means, size = {}, 0.0
+    for action, probability in zip(actions, probabilities):
+        one["actions"] = action[None].double()
+        one["logprobs"] = vmpo.describe(behaviour, one["actions"], agent.discrete)[0]
+        terms = []
+        for args.control_variate in (True, False):
+            gradient = torch.func.grad_and_value(vmpo.loss, has_aux=True)
+            params = {name: p.detach() for name, p in params_of(agent).items()}
+            grads, (_, metrics) = gradient(params, agent, one, torch.zeros(1, dtype=torch.long), {}, args)
+            terms.append(grads | {"value": metrics[0]})
+        for name in terms[0]:
+            c = terms[0][name] - terms[1][name]
+            means[name] = means.get(name, 0) + probability * c
+            size = max(size, c.abs().max().item())
+    assert size > 0.1
+    for name, mean in means.items():
+        np.testing.assert_allclose(mean, 0, atol=1e-11, err_msg=name)
+
+
+def test_the_control_variate_takes_variance_from_the_policy_s_gradient():
+    """Over minibatches of Hopper-v4, at the policy that acted."""
+    args = vmpo.Args(env_id="Hopper-v4", num_steps=512, update_epochs=1)
+    torch.manual_seed(0)
+    env, envs = vmpo.make_env(args), vmpo.make_envs(args, seed=0)
+    agent, running = vmpo.Agent(env, args), vmpo.start_episodes(envs, args.num_envs, seed=0)
+    agent.duals.data[0] = 2.0  # where training keeps eta
+    theta = vmpo.init_optimizer(agent)["theta"]
+    rows, _ = vmpo.rollout(envs, agent, running, env.action_space, args, 0)
+    batch, _ = vmpo.make_batch(rows, agent, theta, running, vmpo.RunningMeanStd(), args)
+    minibatches, variance = torch.randperm(4096).view(64, 64), {}
+    for args.control_variate in (True, False):
+        gradient, params = torch.func.grad(vmpo.loss, has_aux=True), vmpo.unflatten(theta, agent)
+        grads = [gradient(params, agent, batch, rows, {}, args)[0]["actor_mean.weight"] for rows in minibatches]
+        variance[args.control_variate] = torch.stack(grads).var(0).sum().item()
+    assert variance[True] < 0.8 * variance[False]
 
 
 def test_only_the_temperature_s_loss_moves_eta_and_only_alpha_s_loss_the_alphas():
@@ -518,7 +581,7 @@ def logged(folder, name) -> list:
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v4"])
 def test_alphas_rise_while_the_kl_exceeds_its_bound_and_fall_while_it_does_not(env_id, tmp_path):
     flags = ["--env-id", env_id, "--total-timesteps", 2560, "--no-compile", "--target-period", 8]
-    flags += ["--dual-learning-rate", 0.5, "--learning-rate", 3e-3, "--no-anneal-lr"]
+    flags += ["--dual-learning-rate", 0.5, "--learning-rate", 3e-3, "--no-anneal-lr", "--no-control-variate"]
     tight = run(tmp_path / "tight", *flags, "--eps-alpha", "1e-9", "--eps-alpha-cov", "1e-12")
     loose = run(tmp_path / "loose", *flags, "--eps-alpha", "10", "--eps-alpha-cov", "10")
     names = ["mean", "cov"] if env_id == "Hopper-v4" else ["mean"]
