@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 task="--env-id MicroRTS-8x8-basesWorkers --opponent workerRushAI workerRushAI workerRushAI randomBiasedAI"
-task="$task --reward-weights 10 0.2 0.2 0.1 0.2 0.5 --total-timesteps 8000000 --eval-episodes 100"
+task="$task --reward-weights 10 0.2 0.2 0.1 0.2 0.5 --total-timesteps 20000000 --eval-episodes 100"
 batch="--num-envs 32 --num-steps 256 --num-minibatches 8 --update-epochs 4 --learning-rate 5e-4 --ent-coef 0.01"
 command="python ppo_multidiscrete_joint_loss.py $task --loss separate --exp-name demo $batch"
 command="$command --no-norm-reward --no-clip-vloss --no-compile --device cpu"
