@@ -1,7 +1,8 @@
 """How fast ppo_continuous.py trains, next to its environments alone and to its rollouts alone: a markdown table.
-With --versus, how long it takes next to another program.
+With --scripts, how fast others of this repository train; with --versus, how long it takes next to another program.
 
     python benchmarks/speed.py --env-ids HalfCheetah-v4 Hopper-v4 --json speed.json
+    python benchmarks/speed.py --scripts ppo_klpen.py vmpo.py
     python benchmarks/speed.py --versus 'python other.py --env-id HalfCheetah-v4 --total-timesteps 102400'
 """
 
@@ -31,6 +32,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo_continuous as ppo
 
+ROOT = Path(ppo.__file__).parent
 BATCH_SIZE = ppo.Args.num_envs * ppo.Args.num_steps
 BACKENDS = ("gymnasium", "envpool") if importlib.util.find_spec("envpool") else ("gymnasium",)
 
@@ -47,6 +49,9 @@ class Args:
     """times that all is measured; at least 3 with --versus"""
     json: str | None = None
     """file for the single measurements"""
+    scripts: tuple[str, ...] = ()
+    """instead of the table, the full training of ppo_continuous.py and of these in turn, each with its own settings,
+    on the first of --env-ids, stepped by gymnasium"""
     versus: str | None = None
     """instead of the table, time this command and ppo_continuous.py in turn, on the command's --env-id or else the
     first of --env-ids; begin it with `env OMP_NUM_THREADS=1` for one torch thread, as ppo_continuous.py has"""
@@ -75,6 +80,9 @@ def parse_args() -> Args:
         if getattr(args, name) is not None and getattr(args, name) < least:
             ppo.fail(f"{ppo.flag(name)} {getattr(args, name)}: must be at least {least}")
     args.steps -= args.steps % BATCH_SIZE
+    for script in args.scripts:
+        if not (ROOT / script).is_file():
+            ppo.fail(f"--scripts {script}: there is no {ROOT / script}")
     for env_id in () if args.versus else args.env_ids:
         ppo.make_env(ppo.Args(env_id=env_id))
         for backend in args.backends:
@@ -110,9 +118,23 @@ def run(command: list, cache: str) -> dict:
         return {"seconds": seconds, "peak_mb": usage.ru_maxrss / 1024, "output": out.read()}  # KiB on Linux
 
 
-def training(env_id: str, steps: int, runs_dir: str, *flags) -> list:
-    command = [sys.executable, ppo.__file__, "--env-id", env_id, "--total-timesteps", steps]
+def training(env_id: str, steps: int, runs_dir: str, *flags, script: str = "ppo_continuous.py") -> list:
+    command = [sys.executable, ROOT / script, "--env-id", env_id, "--total-timesteps", steps]
     return [*command, "--eval-episodes", 1, "--runs-dir", runs_dir, *flags]
+
+
+def measure_training(env_id: str, steps: int, *flags, script: str = "ppo_continuous.py") -> dict:
+    """The columns that a training fills. One batch compiles with the cache empty. The training itself then finds it
+    filled, which keeps the C++ compiler out of its peak memory: wait4 counts a child's own children too."""
+    row = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, length in (("cold", BATCH_SIZE), ("warm", steps)):
+            command = training(env_id, length, f"{folder}/{name}", *flags, script=script)
+            process = run(command, f"{folder}/cache")
+            [path] = Path(folder, name).glob("*/result.json")
+            result = json.loads(path.read_text())
+            row |= {f"{name}_compile": result["compile_seconds"], f"{name}_process": process["seconds"]}
+    return {**row, "full": result["sps"], "peak_mb": process["peak_mb"]}
 
 
 def measure(column: str, env_id: str, backend: str, threads: str, steps: str):
@@ -157,15 +179,8 @@ def measure_row(env_id: str, backend: str, threads: int, steps: int) -> dict:
         for column in ("environment", "acting"):
             child = [sys.executable, __file__, "measure", column, env_id, backend, threads, steps]
             row[column] = float(run(child, f"{folder}/cache")["output"])
-        # One batch compiles with the cache empty. The training then finds it filled, which keeps the C++ compiler out
-        # of its peak memory: wait4 counts a child's own children too.
-        for name, length in (("cold", BATCH_SIZE), ("warm", steps)):
-            flags = ["--backend", backend, "--env-threads", threads]
-            process = run(training(env_id, length, f"{folder}/{name}", *flags), f"{folder}/cache")
-            [path] = Path(folder, name).glob("*/result.json")
-            result = json.loads(path.read_text())
-            row |= {f"{name}_compile": result["compile_seconds"], f"{name}_process": process["seconds"]}
-    return {**row, "full": result["sps"], "ratio": result["sps"] / row["environment"], "peak_mb": process["peak_mb"]}
+    row |= measure_training(env_id, steps, "--backend", backend, "--env-threads", threads)
+    return {**row, "ratio": row["full"] / row["environment"]}
 
 
 def spread(values: list[float], digits: int = 0) -> str:
@@ -194,6 +209,28 @@ def table(args: Args, measurements: list) -> list[str]:
         cells = [spread([m[name] for m in same], digits) for name, digits in columns.items()]
         backend = f"envpool, {row[2]} thread{'s' * (row[2] > 1)}" if row[1] == "envpool" else row[1]
         lines.append(f"| {' | '.join([row[0], backend, *cells])} |")
+    return lines
+
+
+def scripts(args: Args, measurements: list) -> list[str]:
+    names, env_id = ["ppo_continuous.py", *args.scripts], args.env_ids[0]
+    for repetition in range(args.repetitions):
+        for name in names:
+            row = measure_training(env_id, args.steps, script=name)
+            measurements.append({"script": name, "env_id": env_id, **row})
+            print(f"{repetition + 1}/{args.repetitions} {name}: {row['full']:,} steps/s", file=sys.stderr)
+    lines = [
+        f"{env_id}, {args.steps:,} steps, full training, median (min-max) of {args.repetitions} in turn\n",
+        "| script | steps/s | over ppo_continuous.py | compile cold, s |",
+        "|---|---|---|---|",
+    ]
+    for name in names:
+        speeds, base, seconds = (
+            [m[column] for m in measurements if m["script"] == script]
+            for column, script in (("full", name), ("full", names[0]), ("cold_compile", name))
+        )
+        ratios = [a / b for a, b in zip(speeds, base)]
+        lines.append(f"| {name} | {spread(speeds)} | {spread(ratios, 2)} | {spread(seconds, 1)} |")
     return lines
 
 
@@ -251,7 +288,8 @@ def main(args: Args):
         print(f"warning: load average {machine['load_at_start']:.2f}, this machine is not idle", file=sys.stderr)
     measurements = []
     try:
-        lines = versus(args, measurements) if args.versus else table(args, measurements)
+        what = versus if args.versus else scripts if args.scripts else table
+        lines = what(args, measurements)
     finally:  # what was measured stays when something goes wrong
         machine["load_at_end"] = os.getloadavg()[0]
         if file:
