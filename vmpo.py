@@ -25,7 +25,7 @@ For states s, actions a and advantages A gathered with the policy pi_old of the 
 
     C = E[ log pi_theta(a|s) - log pi_b(a|s) + KL[pi_b || pi_theta] ], pi_b the policy that acted, is not the paper's: a
     control variate, of mean 0 for every theta since a came from pi_b. L_pi is the same in expectation; its gradient
-    has about half the variance, since psi alone pulls towards all of D~, also where that is no better than pi_b.
+    loses up to half of its variance: psi alone pulls towards all of D~, also where that is no better than pi_b.
 
 sg stops the gradient. A Gaussian's mean and covariance have a KL and an alpha each. rho = min(1, pi_old / pi_b) for
 samples older than the target network. All else is as in ppo_continuous.py; PopArt and an LSTM come on request.
