@@ -24,8 +24,8 @@ For states s, actions a and advantages A gathered with the policy pi_old of the 
     likelihood: no ratio, no clip. alpha grows while the KL exceeds eps_alpha.
 
     C = E[ log pi_theta(a|s) - log pi_b(a|s) + KL[pi_b || pi_theta] ], pi_b the policy that acted, is not the paper's: a
-    control variate, of mean 0 for every theta since a came from pi_b. L_pi is the same in expectation; its gradient
-    loses up to half of its variance: psi alone pulls towards all of D~, also where that is no better than pi_b.
+    control variate, of mean 0 for any fixed theta since a came from pi_b. It takes variance from the gradient of L_pi:
+    psi alone pulls towards all of D~, also where that is no better than pi_b.
 
 sg stops the gradient. A Gaussian's mean and covariance have a KL and an alpha each. rho = min(1, pi_old / pi_b) for
 samples older than the target network. All else is as in ppo_continuous.py; PopArt and an LSTM come on request.

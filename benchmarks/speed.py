@@ -80,6 +80,8 @@ def parse_args() -> Args:
         if getattr(args, name) is not None and getattr(args, name) < least:
             ppo.fail(f"{ppo.flag(name)} {getattr(args, name)}: must be at least {least}")
     args.steps -= args.steps % BATCH_SIZE
+    if args.scripts and args.versus:
+        ppo.fail("--scripts and --versus: give one of them")
     for script in args.scripts:
         if not (ROOT / script).is_file():
             ppo.fail(f"--scripts {script}: there is no {ROOT / script}")
