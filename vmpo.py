@@ -119,7 +119,7 @@ class Args:
     eps_alpha: float = 0.01
     """bound on the policy's KL, of Gaussians the mean's"""
     eps_alpha_cov: float = 1e-4
-    """bound on the KL of a Gaussian's covariance"""
+    """bound on the KL of a Gaussian's covariance, for 1M steps; for n times as many take 1 / n^2 of it"""
     kl: Literal["decoupled", "coupled"] = "decoupled"
     """of Gaussians mean and covariance apart, or the whole with one alpha"""
     kl_per_dimension: bool = False

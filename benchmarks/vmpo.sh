@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # vmpo.py: softmax policies on three tasks, 5 seeds; Gaussian ones on five, 3 seeds and 3M steps, beside
 # ppo_continuous.py with the same rollout and network; which of its parts matter, on two of them, 1M steps; and one long
-# pair.
+# pair. N iterations can move log sigma by N sqrt(eps_alpha_cov / dimensions), so the default, which is for 1M steps, is
+# divided by 9 for 3M and by 400 for 20M.
 # Kill it when you like and start it again. Flags go to the runner: --jobs 8, --dry-run, --cluster auto.
 #
 #     pip install -r benchmarks/requirements.txt && benchmarks/vmpo.sh
@@ -19,9 +20,9 @@ continuous="Hopper-v4 Walker2d-v4 HalfCheetah-v4 Ant-v4 Humanoid-v4"
     done
     for seed in 1 2 3; do
         for env in $continuous; do
-            for script in vmpo ppo_continuous; do
-                echo "python $script.py --env-id $env --seed $seed --total-timesteps 3000000 --device cpu"
-            done
+            flags="--env-id $env --seed $seed --total-timesteps 3000000 --device cpu"
+            echo "python vmpo.py $flags --eps-alpha-cov 1e-5"
+            echo "python ppo_continuous.py $flags"
         done
     done
     for seed in 1 2 3; do
@@ -41,7 +42,7 @@ continuous="Hopper-v4 Walker2d-v4 HalfCheetah-v4 Ant-v4 Humanoid-v4"
             ablation nstep --advantage nstep
         done
     done
-    for script in vmpo ppo_continuous; do
-        echo "python $script.py --env-id Ant-v4 --total-timesteps 20000000 --device cpu --exp-name $script-20M"
-    done
+    flags="--env-id Ant-v4 --total-timesteps 20000000 --device cpu"
+    echo "python vmpo.py $flags --exp-name vmpo-20M --eps-alpha-cov 2.5e-7"
+    echo "python ppo_continuous.py $flags --exp-name ppo_continuous-20M"
 } | nice -n 19 python benchmarks/runner.py --name vmpo --report "$@"
