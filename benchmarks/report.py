@@ -519,13 +519,12 @@ def joint_loss_microrts(rows: list[dict], curves: list[dict], figures: Path) -> 
     parts = []
     for env_id in ordered(r["env_id"] for r in rows):
         here = [r for r in rows if r["env_id"] == env_id]
-        lines = [
-            f"| {env_id}: loss, clip | wins of the last 100 training games, % | of 100 games at the end, % | seeds |"
-        ]
-        lines.append("|---" * 4 + "|")
+        titles = "return of the last 100 training games | wins of these, % | wins of 100 games at the end, %"
+        lines = [f"| {env_id}: loss, clip | {titles} | seeds |", "|---" * 5 + "|"]
         for s in ordered(r["setting"] for r in here):
-            wins = [cell(here, s, env_id, column, 100) for column in ("win_rate", "eval_success")]
-            lines.append(f"| {s} | {' | '.join(wins)} | {len(values_of(here, s, env_id))} |")
+            cells = [cell(here, s, env_id)]
+            cells += [cell(here, s, env_id, column, 100) for column in ("win_rate", "eval_success")]
+            lines.append(f"| {s} | {' | '.join(cells)} | {len(values_of(here, s, env_id))} |")
         parts += [*lines, ""]
     parts += tournament(matches_of(rows))
     chosen = {f"{s}-0.2": c for s, c in MIXES.items() if s != "joint-0.3"}
