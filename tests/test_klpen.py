@@ -384,11 +384,11 @@ def test_help_names_the_flags_of_the_penalty_and_none_of_the_clipping(capfd):
 # --- Learning -----------------------------------------------------------------------------------------------------
 
 
-def test_inverted_pendulum_is_solved_within_150k_steps(tmp_path):
+def test_inverted_pendulum_is_solved_within_100k_steps(tmp_path):
     """A random policy keeps the pole up for some 6 steps, 1000 is the most there is."""
-    argv = "--env-id InvertedPendulum-v4 --total-timesteps 150000 --seed 1 --device cpu".split()
+    argv = "--env-id InvertedPendulum-v4 --total-timesteps 100000 --seed 1 --device cpu".split()
     result = script(*argv, "--runs-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     returns = [float(row["return"]) for row in csv.DictReader(open(only(tmp_path) / "episodes.csv"))]
     assert sum(returns[:100]) / 100 < 100
-    assert sum(returns[-100:]) / 100 >= 900
+    assert sum(returns[-50:]) / 50 >= 900
