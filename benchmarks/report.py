@@ -538,7 +538,7 @@ def microrts_demo(rows: list[dict], curves: list[dict], figures: Path) -> str:
 
 # --- vmpo: beside PPO, and which of its parts matter ------------------------------------------------------------------
 
-PAIR = {"vmpo": BLUE, "ppo_continuous": ORANGE}
+BESIDE = {"vmpo": BLUE, "ppo_continuous": ORANGE, "ppo_continuous-0.37": GREY}
 
 
 def vmpo(rows: list[dict], curves: list[dict], figures: Path) -> str:
@@ -555,14 +555,15 @@ def vmpo(rows: list[dict], curves: list[dict], figures: Path) -> str:
         curves_figure(chosen, rows, {"vmpo": BLUE}, figures / "vmpo_softmax.png")
         pictures.append("softmax")
     if both:
-        lines = ["| Gaussian policy, 3M steps | vmpo.py | ppo_continuous.py | seeds |", "|---|---|---|---|"]
+        titles = "vmpo.py, sigma from 0.37 | greedy | ppo_continuous.py, from 1 | greedy | from 0.37 | greedy"
+        lines = [f"| Gaussian policy, 3M steps | {titles} | seeds |", "|---" * 8 + "|"]
         for env_id in both:
-            cells = [cell(rows, setting, env_id) for setting in PAIR]
-            seeds = " and ".join(str(len(values_of(rows, setting, env_id))) for setting in PAIR)
+            cells = [cell(rows, setting, env_id, column) for setting in BESIDE for column in ("score", "eval_return")]
+            seeds = ", ".join(str(len(values_of(rows, setting, env_id))) for setting in BESIDE)
             lines.append(f"| {env_id} | {' | '.join(cells)} | {seeds} |")
         parts.append(lines)
-        chosen = [c for c in curves if c["setting"] in PAIR and c["env_id"] in both]
-        curves_figure(chosen, rows, PAIR, figures / "vmpo_gaussian.png")
+        chosen = [c for c in curves if c["setting"] in BESIDE and c["env_id"] in both]
+        curves_figure(chosen, rows, BESIDE, figures / "vmpo_gaussian.png")
         pictures.append("gaussian")
     ablated = ordered(r["setting"] for r in rows if r["setting"].endswith("-1M"))
     if ablated:
@@ -572,7 +573,7 @@ def vmpo(rows: list[dict], curves: list[dict], figures: Path) -> str:
         parts.append(lines)
     longest = [c for c in curves if c["setting"].endswith("-20M")]
     if longest:
-        colours = {f"{setting}-20M": colour for setting, colour in PAIR.items()}
+        colours = {f"{setting}-20M": colour for setting, colour in BESIDE.items()}
         curves_figure(longest, rows, colours, figures / "vmpo_20M.png")
         pictures.append("20M")
     parts.append([f"![{name}](benchmarks/figures/vmpo_{name}.png)" for name in pictures])

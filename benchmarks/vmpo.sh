@@ -3,7 +3,7 @@
 # ppo_continuous.py with the same rollout and network; which of its parts matter, on two of them, 1M steps; and one long
 # pair. N iterations can move log sigma by N sqrt(eps_alpha_cov / dimensions), so the default, which is for 1M steps, is
 # divided by 9 for 3M and by 400 for 20M. These runs start from sigma 0.37: from 1 Ant learned nothing in its first
-# million steps. One seed of ppo_continuous.py starts there too.
+# million steps; PPO runs from both.
 # Kill it when you like and start it again. Flags go to the runner: --jobs 8, --dry-run, --cluster auto.
 #
 #     pip install -r benchmarks/requirements.txt && benchmarks/vmpo.sh
@@ -24,9 +24,7 @@ continuous="Hopper-v4 Walker2d-v4 HalfCheetah-v4 Ant-v4 Humanoid-v4"
             flags="--env-id $env --seed $seed --total-timesteps 3000000 --device cpu"
             echo "python vmpo.py $flags --eps-alpha-cov 1e-5 --log-std-init -1"
             echo "python ppo_continuous.py $flags"
-            if [ "$seed" = 1 ]; then
-                echo "python ppo_continuous.py $flags --log-std-init -1 --exp-name ppo_continuous-0.37"
-            fi
+            echo "python ppo_continuous.py $flags --log-std-init -1 --exp-name ppo_continuous-0.37"
         done
     done
     for seed in 1 2 3; do
@@ -47,7 +45,7 @@ continuous="Hopper-v4 Walker2d-v4 HalfCheetah-v4 Ant-v4 Humanoid-v4"
             ablation sigma-0.37 --log-std-init -1
         done
     done
-    flags="--env-id Ant-v4 --total-timesteps 20000000 --device cpu"
-    echo "python vmpo.py $flags --exp-name vmpo-20M --eps-alpha-cov 2.5e-7 --log-std-init -1"
+    flags="--env-id Ant-v4 --total-timesteps 20000000 --device cpu --log-std-init -1"
+    echo "python vmpo.py $flags --exp-name vmpo-20M --eps-alpha-cov 2.5e-7"
     echo "python ppo_continuous.py $flags --exp-name ppo_continuous-20M"
 } | nice -n 19 python benchmarks/runner.py --name vmpo --report "$@"
