@@ -247,7 +247,8 @@ def curves_figure(curves: list[dict], rows: list[dict], colours: dict, path: Pat
             centre, std = peers[env_id]
             axis.axhline(centre, color=RED, ls="--", lw=1.2, label="CleanRL at the end")
             axis.axhspan(centre - std, centre + std, color=RED, alpha=0.12, lw=0)
-        axis.set_title(f"{env_id}, {len(seeds)} seed{'s' * (len(seeds) != 1)}", fontsize=10)
+        title = f"{env_id}, {len(seeds)} seed{'s' * (len(seeds) != 1)}"
+        axis.set_title(title, fontsize=min(10, 300 / len(title)))  # 30 letters of size 10 fill the width
         axis.set(xlabel="environment steps (millions)", xlim=(0, None))
         tidy(axis)
     for row_axes in axes:
