@@ -516,20 +516,30 @@ def tournament(rows: list[dict]) -> list[str]:
     return lines
 
 
+def by_clip(curve: dict) -> dict:
+    """A curve of joint-0.2 as one of joint in a panel of its own for that map and clip range."""
+    loss, _, eps = curve["setting"].rpartition("-")
+    clip = f"clip {eps}" if float(eps) else "no clip"
+    return {**curve, "setting": loss, "env_id": f"{curve['env_id'].removesuffix('-basesWorkers')}, {clip}"}
+
+
 def joint_loss_microrts(rows: list[dict], curves: list[dict], figures: Path) -> str:
+    # How fast it learns: the area under its learning curve.
+    area = {key_of(c): np.mean([float(value) for value in list(c.values())[3:] if value]) for c in curves}
+    rows = [{**r, "area": area[key_of(r)]} for r in rows]
     parts = []
     for env_id in ordered(r["env_id"] for r in rows):
         here = [r for r in rows if r["env_id"] == env_id]
-        titles = "return of the last 100 training games | wins of these, % | wins of 100 games at the end, %"
-        lines = [f"| {env_id}: loss, clip | {titles} | seeds |", "|---" * 5 + "|"]
+        titles = "return over the whole training | of its last 100 games | wins of these, % | of 100 at the end, %"
+        lines = [f"| {env_id}: loss, clip | {titles} | seeds |", "|---" * 6 + "|"]
         for s in ordered(r["setting"] for r in here):
-            cells = [cell(here, s, env_id)]
+            cells = [cell(here, s, env_id, "area", 1, 1), cell(here, s, env_id, "score", 1, 1)]
             cells += [cell(here, s, env_id, column, 100) for column in ("win_rate", "eval_success")]
             lines.append(f"| {s} | {' | '.join(cells)} | {len(values_of(here, s, env_id))} |")
         parts += [*lines, ""]
     parts += tournament(matches_of(rows))
-    chosen = {f"{s}-0.2": c for s, c in MIXES.items() if s != "joint-0.3"}
-    curves_figure(curves, rows, chosen, figures / "joint_loss_microrts.png")
+    panels = sorted(map(by_clip, curves), key=lambda c: natural(c["env_id"]))
+    curves_figure(panels, list(map(by_clip, rows)), MIXES, figures / "joint_loss_microrts.png")
     return "\n".join([*parts, "![MicroRTS](benchmarks/figures/joint_loss_microrts.png)"])
 
 

@@ -202,6 +202,18 @@ def test_the_tournament_has_a_column_for_each_bot_and_the_mean_over_the_seeds():
     assert line == "| joint-0.2 | 95 [90, 100] | 50 |"
 
 
+def test_microrts_has_a_panel_for_each_clip_range_and_the_area_under_the_curves(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report, "curves_figure", lambda curves, *_: drawn.update(curves=curves))
+    keys = [{"setting": s, "env_id": "M-basesWorkers", "seed": "1"} for s in ("joint-0", "joint-0.2", "mix-loss-0.2")]
+    rows = [{**k, "score": "30", "win_rate": "0.25", "eval_success": "0.5000"} for k in keys]
+    curves = [{**k, "0.500": "", "1.000": "20"} for k in keys[:2]] + [{**keys[2], "0.500": "1", "1.000": "2"}]
+    text = report.joint_loss_microrts(rows, curves, tmp_path).splitlines()
+    assert "| joint-0.2 | 20.0 | 30.0 | 25 | 50 | 1 |" in text and "| mix-loss-0.2 | 1.5 | 30.0 | 25 | 50 | 1 |" in text
+    panels = [(curve["env_id"], curve["setting"]) for curve in drawn["curves"]]
+    assert panels == [("M, clip 0.2", "joint"), ("M, clip 0.2", "mix-loss"), ("M, no clip", "joint")]
+
+
 def test_two_runs_of_one_row_are_refused_unless_they_are_the_same(copy):
     for k, extra in enumerate(["", "", "--clip-coef 0.5"]):
         folder = copy / f"runs/ppo_table1/{k}/run"
