@@ -477,20 +477,40 @@ SERIAL = {
 MIXES = {"joint": BLUE, "joint-0.3": GREY, "separate": GREEN, "mix-ratio": ORANGE, "mix-loss": RED}
 
 
+def over_joint(*strata, axis=-1):
+    """What a loss gains over joint: the mean over the environments of (mean of its runs) / (mean of joint's). `strata`
+    are its runs, one environment each, then joint's."""
+    half = len(strata) // 2
+    return np.mean([runs.mean(axis) / joint.mean(axis) for runs, joint in zip(strata[:half], strata[half:])], axis=0)
+
+
+def gain(rows: list[dict], setting: str, joint: str, env_ids) -> str:
+    """over_joint with its interval; "-" until each environment has runs of both."""
+    strata = [values_of(rows, s, env_id) for s in (setting, joint) for env_id in env_ids]
+    if not all(values.size for values in strata):
+        return "-"
+    return "1" if setting == joint else with_interval(strata, over_joint, 2)
+
+
 def joint_loss_mujoco(rows: list[dict], curves: list[dict], figures: Path) -> str:
     env_ids = sorted(ordered(r["env_id"] for r in rows))
-    lines = [f"| 1M steps | {' | '.join(env_ids)} |", "|---" * (1 + len(env_ids)) + "|"]
-    lines += [f"| {s} | {' | '.join(cell(rows, s, env_id) for env_id in env_ids)} |" for s in MIXES]
+    lines = [f"| 1M steps | {' | '.join(env_ids)} | over joint |", "|---" * (2 + len(env_ids)) + "|"]
+    for s in MIXES:
+        cells = [cell(rows, s, env_id) for env_id in env_ids]
+        lines.append(f"| {s} | {' | '.join(cells)} | {gain(rows, s, 'joint', env_ids)} |")
     for s in (s for s in MIXES if s in TABLE3["Ant-v4"]):
-        lines.append(f"| the paper's Table 3, {s} | {' | '.join(str(TABLE3[env_id][s]) for env_id in env_ids)} |")
+        paper = [np.array([TABLE3[e][name]]) for name in (s, "joint") for e in env_ids]
+        cells = [str(TABLE3[env_id][s]) for env_id in env_ids]
+        lines.append(f"| the paper's Table 3, {s} | {' | '.join(cells)} | {over_joint(*paper):.2f} |")
     curves_figure([c for c in curves if not c["setting"].endswith("-3M")], rows, MIXES, figures / "joint_loss_1M.png")
     lines += ["", "![1M](benchmarks/figures/joint_loss_1M.png)"]
     longer = [c for c in curves if c["setting"].endswith("-3M")]
     if longer:
-        lines += ["", f"| 3M steps | {' | '.join(f'{e} | the paper, serial' for e in SERIAL)} |", "|---" * 5 + "|"]
+        heads = " | ".join(f"{e} | the paper, serial" for e in SERIAL)
+        lines += ["", f"| 3M steps | {heads} | over joint |", "|---" * 6 + "|"]
         for s in MIXES:
             cells = [f"{cell(rows, s + '-3M', env_id)} | {SERIAL[env_id].get(s, '-')}" for env_id in SERIAL]
-            lines.append(f"| {s} | {' | '.join(cells)} |")
+            lines.append(f"| {s} | {' | '.join(cells)} | {gain(rows, s + '-3M', 'joint-3M', SERIAL)} |")
         curves_figure(longer, rows, {f"{s}-3M": c for s, c in MIXES.items()}, figures / "joint_loss_3M.png")
         lines += ["", "![3M](benchmarks/figures/joint_loss_3M.png)"]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -200,6 +201,18 @@ def test_the_tournament_has_a_column_for_each_bot_and_the_mean_over_the_seeds():
     head, _, line, _ = report.tournament(rows)
     assert head == "| M: wins, %, against | coacAI | passiveAI |"
     assert line == "| joint-0.2 | 95 [90, 100] | 50 |"
+
+
+def test_a_loss_stands_beside_joint_by_the_ratio_of_their_means_in_each_environment():
+    scores = {("joint", "A"): (100, 300), ("joint", "B"): (10, 10), ("mix-loss", "A"): (300, 500)}
+    scores[("mix-loss", "B")] = (5, 15)
+    rows = [{"setting": s, "env_id": e, "score": str(v)} for (s, e), values in scores.items() for v in values]
+    assert report.gain(rows, "joint", "joint", "AB") == "1"
+    assert report.gain(rows, "separate", "joint", "AB") == "-"
+    # A: 400 / 200, B: 10 / 10. Both are resampled: at the ends 300 / 300 and 5 / 10, 500 / 100 and 15 / 10.
+    value, low, high = map(float, re.findall(r"[\d.]+", report.gain(rows, "mix-loss", "joint", "AB")))
+    assert value == 1.5 and 0.75 <= low < 1.5 < high <= 3.25
+    assert report.gain([r for r in rows if r["score"] != "300"], "mix-loss", "joint", "AB") == "3.00"  # single runs
 
 
 def test_microrts_has_a_panel_for_each_clip_range_and_the_area_under_the_curves(tmp_path, monkeypatch):
