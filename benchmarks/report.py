@@ -213,7 +213,7 @@ def save(fig, path: Path):
     path.parent.mkdir(exist_ok=True)
     fig.tight_layout()
     picture = io.BytesIO()
-    fig.savefig(picture, dpi=110, metadata={"Software": None})
+    fig.savefig(picture, dpi=110, metadata={"Software": None}, bbox_inches="tight")
     replace_file(path, picture.getvalue())
     plt.close(fig)
 
@@ -256,9 +256,12 @@ def curves_figure(curves: list[dict], rows: list[dict], colours: dict, path: Pat
     spare = list(axes.flat)[len(env_ids) :]
     for axis in spare:
         axis.axis("off")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    options = {"frameon": False, "handles": handles, "labels": labels}
-    spare[0].legend(loc="center", **options) if spare else axes.flat[0].legend(loc="lower right", fontsize=8, **options)
+    entries = {name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels())}
+    options = {"frameon": False, "handles": list(entries.values()), "labels": list(entries)}
+    if spare:
+        spare[0].legend(loc="center", **options)
+    else:  # below the panels, where no curve is
+        fig.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2 * columns, **options)
     save(fig, path)
 
 
