@@ -609,6 +609,13 @@ def vmpo(rows: list[dict], curves: list[dict], figures: Path) -> str:
     if longest:
         colours = {f"{setting}-20M": colour for setting, colour in BESIDE.items()}
         curves_figure(longest, rows, colours, figures / "vmpo_20M.png")
+        env_ids = ordered(curve["env_id"] for curve in longest)
+        lines = [f"| 20M steps, one seed | {' | '.join(f'{e} | greedy' for e in env_ids)} |"]
+        lines.append("|---" * (1 + 2 * len(env_ids)) + "|")
+        for setting in ordered(curve["setting"] for curve in longest):
+            cells = [cell(rows, setting, env_id, column) for env_id in env_ids for column in ("score", "eval_return")]
+            lines.append(f"| {setting.removesuffix('-20M')} | {' | '.join(cells)} |")
+        parts.append(lines)
         pictures.append("20M")
     parts.append([f"![{name}](benchmarks/figures/vmpo_{name}.png)" for name in pictures])
     return "\n\n".join("\n".join(lines) for lines in parts)

@@ -227,6 +227,17 @@ def test_microrts_has_a_panel_for_each_clip_range_and_the_area_under_the_curves(
     assert panels == [("M, clip 0.2", "joint"), ("M, clip 0.2", "mix-loss"), ("M, no clip", "joint")]
 
 
+def test_vmpo_has_a_table_of_the_long_pair(tmp_path):
+    keys = [{"setting": f"{script}-20M", "env_id": "Ant-v4", "seed": "1"} for script in ("vmpo", "ppo_continuous")]
+    rows = [{**keys[0], "score": "7000", "eval_return": "7500", "steps": "20000000"}]
+    rows.append({**keys[1], "score": "3000", "eval_return": "3100", "steps": "20000000"})
+    curves = [{**key, **{f"{k}": "1" for k in range(report.POINTS)}} for key in keys]
+    text = report.vmpo(rows, curves, tmp_path / "figures").splitlines()
+    assert "| 20M steps, one seed | Ant-v4 | greedy |" in text
+    assert "| vmpo | 7000 | 7500 |" in text and "| ppo_continuous | 3000 | 3100 |" in text
+    assert (tmp_path / "figures/vmpo_20M.png").exists()
+
+
 def test_two_runs_of_one_row_are_refused_unless_they_are_the_same(copy):
     for k, extra in enumerate(["", "", "--clip-coef 0.5"]):
         folder = copy / f"runs/ppo_table1/{k}/run"
