@@ -874,6 +874,9 @@ def describe(logits: torch.Tensor, masks: torch.Tensor, choices: torch.Tensor, n
     return torch.stack(logprobs, -1), torch.stack(entropies, -1), torch.stack(several, -1).float()
 
 
+STEPS_AT_ONCE = 16  # of a MicroRTS rollout
+
+
 class Agent(nn.Module):
     """D independent sub-actions, Gaussian for a Box and softmax for all else, and a value V(s)."""
 
@@ -945,15 +948,27 @@ class Agent(nn.Module):
         return mean, self.actor_logstd.expand_as(mean)
 
     def value(self, obs: torch.Tensor) -> torch.Tensor:
-        """Normalised obs [B, O] -> V [B]."""
-        inputs = obs[..., : self.obs_dim] if self.map is None else self.features(obs)
-        return self.critic(inputs).reshape(obs.shape[:-1])
+        """Normalised obs [..., O] -> V [...]."""
+        if self.map is None:
+            return self.critic(obs[..., : self.obs_dim]).squeeze(-1)
+        parts = [self.critic(self.features(part)) for part in obs.split(STEPS_AT_ONCE)]
+        return torch.cat(parts).reshape(obs.shape[:-1])
 
     def forward(self, obs: torch.Tensor):
         if self.map is None:
             return self.policy(obs), self.value(obs)
         hidden, shape = self.features(obs), obs.shape[:-1]  # once for both
         return self.actor_mean(hidden).reshape(*shape, -1), self.critic(hidden).reshape(shape)
+
+    def logprobs_and_values(self, obs: torch.Tensor, actions: torch.Tensor):
+        """log pi_i [T, N, D] and V [T, N] of a rollout. MicroRTS's goes through in parts: 78 logits a cell would,
+        for all steps at once, take gigabytes."""
+        parts, steps = [], len(obs) if self.map is None else STEPS_AT_ONCE
+        for some_obs, some_actions in zip(obs.split(steps), actions.split(steps)):
+            policy, values = self(some_obs)
+            parts.append((self.sub_actions(policy, some_obs, some_actions)[0], values))
+        logprobs, values = zip(*parts)
+        return torch.cat(logprobs), torch.cat(values)
 
     def masks(self, obs: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """The masks behind the observations, [B, sum(nvec)], or for MicroRTS [B, cells, 1 + 78]: idle, its orders."""
@@ -1154,7 +1169,7 @@ def make_batch(rows: dict, agent: Agent, running: dict, reward_rms: RunningMeanS
     device = agent.obs_rms.shift.device
     obs = agent.normalize(rows["obs"].to(device))
     actions = rows["actions"].to(device)
-    policy, values = agent(obs)
+    logprobs, values = agent.logprobs_and_values(obs, actions)
     next_values = agent.value(agent.normalize(rows["next_obs"].to(device)))
     rewards, done, terminated = rows["rewards"].numpy(), rows["done"].numpy(), rows["terminated"].numpy()
     if args.norm_reward:
@@ -1166,7 +1181,7 @@ def make_batch(rows: dict, agent: Agent, running: dict, reward_rms: RunningMeanS
     batch = {
         "obs": obs,
         "actions": actions,
-        "logprobs": agent.sub_actions(policy, obs, actions)[0],
+        "logprobs": logprobs,
         "advantages": torch.from_numpy(advantages).to(device),
         "returns": torch.from_numpy(returns).to(device),
         "values": values,

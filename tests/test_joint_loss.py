@@ -274,6 +274,25 @@ def test_all_units_a_step():
     assert all(torch.isfinite(g).all() for g in grads) and any((g != 0).any() for g in grads)
 
 
+@pytest.mark.parametrize("mode", ["unit", "gridnet"])
+def test_a_rollout_in_parts_is_the_rollout(mode):
+    """Of 2 T + 1 steps, so that the last part is a short one; all at once would be gigabytes on a large map."""
+    agent, _, obs, _ = microrts(mode)
+    obs = obs.repeat(2 * ppo.STEPS_AT_ONCE + 1, 1, 1)
+    obs = obs.flatten(0, 1)[torch.randperm(obs[..., 0].numel())].view_as(obs)  # no part is another again
+    actions = ppo.act(agent, obs.flatten(0, 1), ppo.draw_noise(agent, obs[..., 0].numel())).unflatten(0, obs.shape[:2])
+    sizes, features = [], agent.features
+    agent.features = lambda part: sizes.append(len(part)) or features(part)
+    with torch.no_grad():
+        logprobs, values = agent.logprobs_and_values(obs, actions)
+        next_values = agent.value(obs)
+        assert sizes == [ppo.STEPS_AT_ONCE, ppo.STEPS_AT_ONCE, 1] * 2
+        policy, expected = agent(obs)
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(next_values, expected)
+    torch.testing.assert_close(logprobs, agent.sub_actions(policy, obs, actions)[0])
+
+
 @pytest.mark.parametrize("size", [(4, 4), (8, 8), (9, 12), (10, 10), (16, 16), (24, 24)])
 def test_the_networks_fit_any_map(size):
     cells = math.prod(size)
