@@ -207,6 +207,7 @@ def parse_args(argv: list[str]) -> Args:
     """Args from a command line. --resume and --eval start from the run's own settings, so a flag that contradicts
     them is seen even where it names a default."""
     if "-h" in argv or "--help" in argv:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that is left, head: no traceback
         print(help_page())
         raise SystemExit(0)
     args = command_line(argv)

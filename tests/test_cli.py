@@ -221,7 +221,8 @@ def test_a_film_of_an_environment_that_cannot_be_rendered(error_line):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_help_is_one_line_a_flag_with_its_default(capsys):
+def test_help_is_one_line_a_flag_with_its_default(capsys, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # this process goes on
     with pytest.raises(SystemExit) as exit:
         parse_args(["--help"])
     out, err = capsys.readouterr()
@@ -237,6 +238,14 @@ def test_help_is_one_line_a_flag_with_its_default(capsys):
         assert re.match(rf"  --{field.name.replace('_', '-')}[ ,]", line)
         assert line.endswith(f" [{default if isinstance(field.default, bool) else field.default}]")
         assert len(line.split()) > 3, "a word on what it is"
+
+
+def test_a_reader_that_leaves_ends_the_help_without_a_word():
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run([sys.executable, SCRIPT, "--help"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (-signal.SIGPIPE, "")
 
 
 def test_importing_the_script_runs_nothing(tmp_path):

@@ -210,7 +210,8 @@ def test_a_wrong_value_is_one_line_that_names_it(flags, says, tmp_path, capfd):
     assert not (tmp_path / "runs").exists()
 
 
-def test_help_names_the_new_flags(capfd):
+def test_help_names_the_new_flags(capfd, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # this process goes on
     with pytest.raises(SystemExit) as exit:
         parse_args(["--help"])
     out, err = capfd.readouterr()

@@ -370,7 +370,8 @@ def test_a_wrong_flag_is_one_line_that_names_it(flags, named, tmp_path, capfd):
     assert not (tmp_path / "runs").exists()
 
 
-def test_help_names_the_flags_of_the_penalty_and_none_of_the_clipping(capfd):
+def test_help_names_the_flags_of_the_penalty_and_none_of_the_clipping(capfd, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # this process goes on
     with pytest.raises(SystemExit) as exit:
         ppo.parse_args(["--help"])
     out, err = capfd.readouterr()
