@@ -591,7 +591,7 @@ def gae(rewards, values, next_values, terminated, done, gamma, gae_lambda: float
 @torch.no_grad()
 def make_batch(rows: dict, agent: Agent, running: dict, reward_rms: RunningMeanStd, args: Args):
     """Rows [T, N, ...] to the batch that the update reads, tensors [T * N, ...] on the agent's device. The old
-    policy and the values are computed here, in one pass. Also returns the value's explained variance."""
+    policy and the values are computed here, once. Also returns the value's explained variance."""
     device = agent.obs_rms.shift.device
     obs = agent.normalize(rows["obs"].to(device))
     actions = rows["actions"].to(device)
