@@ -503,6 +503,30 @@ def draw_noise(agent: Agent, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, agent.actor_mean.out_features)
 
 
+@functools.lru_cache(maxsize=1)  # all rollouts share one
+def capture_act(agent: Agent, obs_shape: tuple, obs_dtype: torch.dtype):
+    """act; on a GPU as a CUDA graph for observations of this shape, whose result the next call overwrites: to launch
+    act's kernels one by one takes longer than an environment's step."""
+    device = agent.obs_rms.shift.device
+    if device.type == "cpu":
+        return act
+    obs = torch.zeros(obs_shape, dtype=obs_dtype, device=device)
+    with torch.random.fork_rng(devices=[]):  # a run draws the same noise on a GPU and without
+        noise = draw_noise(agent, obs_shape[0]).to(device)
+    act(agent, obs, noise)  # what libraries set up in their first call cannot be captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actions = act(agent, obs, noise)
+
+    def replay(agent, new_obs, new_noise):
+        obs.copy_(new_obs)
+        noise.copy_(new_noise)
+        graph.replay()
+        return actions
+
+    return replay
+
+
 def start_episodes(envs, num_envs: int, seed: int) -> dict:
     """What a rollout carries on from: the current observations, and each running episode's sums."""
     obs = envs.reset(np.arange(num_envs), seed)
@@ -529,10 +553,11 @@ def rollout(envs, agent: Agent, running: dict, action_space: gym.Space, args: Ar
     views = {name: tensor.numpy() for name, tensor in rows.items()}
     noise = draw_noise(agent, T, N).to(device)
     episodes = []
+    policy = capture_act(agent, (N, O), rows["obs"].dtype) if args.compile else act
     check_finite({"first observation": running["obs"]}, global_step)
     for t, obs in enumerate(rows["obs"]):
         views["obs"][t] = running["obs"]
-        actions = act(agent, obs.to(device), noise[t]).cpu().numpy()
+        actions = policy(agent, obs.to(device), noise[t]).cpu().numpy()
         next_obs, rewards, terminated, truncated = envs.step(to_env(actions, action_space))
         global_step += N
         check_finite({"observation": next_obs, "reward": rewards}, global_step)
@@ -980,12 +1005,13 @@ def evaluate(agent: Agent, args: Args, run_dir: Path, stop) -> dict:
         folder = str(run_dir / "videos" / str(int(time.time())))
         env = gym.wrappers.RecordVideo(env, folder, episode_trigger=lambda _: True, disable_logger=True)
     device, noise = agent.obs_rms.shift.device, torch.zeros_like(draw_noise(agent, 1))
+    policy = capture_act(agent, (1, *env.observation_space.shape), torch.float32) if args.compile else act
     returns, successes = [], []
     for episode in range(args.eval_episodes):
         obs, done, total = env.reset(seed=args.seed + args.num_envs + episode)[0], False, 0.0
         while not done and not stop():
             obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-            action = act(agent, obs[None], noise.to(device))[0].cpu().numpy()
+            action = policy(agent, obs[None], noise.to(device))[0].cpu().numpy()
             obs, reward, terminated, truncated, info = env.step(to_env(action, env.action_space))
             done, total = terminated or truncated, total + float(reward)
         returns.append(total)

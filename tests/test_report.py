@@ -303,3 +303,16 @@ def test_a_strip_has_a_video_s_frames_from_the_first_to_the_last(tmp_path):
     pixels = 255 * imread(picture)[:, :, 0]
     assert pixels.shape == (200, 600)
     np.testing.assert_allclose(pixels[100, [100, 300, 500]], [0, 100, 200], atol=4)
+
+
+def test_phases_of_a_training(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "phases.py", "ppo_continuous.py", "--env-id", "Hopper-v4"]
+    flags = "--no-compile --total-timesteps 512 --num-envs 2 --num-steps 64 --num-minibatches 4 --eval-episodes 1".split()
+    run = subprocess.run([*command, *flags, "--runs-dir", tmp_path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    head, _, row = (line.strip("| ").split(" | ") for line in run.stdout.splitlines()[-3:])
+    ms = {name: float(cell.removesuffix(" ms").replace(",", "")) for name, cell in zip(head, row)}
+    assert list(ms) == ["rollout", "batch", "update", "compiling", "steps/s"] and ms["compiling"] < 1 < ms["rollout"]
+    assert ms["steps/s"] == pytest.approx(128_000 / (ms["rollout"] + ms["batch"] + ms["update"]), rel=0.02)
+    wrong = subprocess.run([*command[:2], "ppo.py"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1) and "ppo.py" in wrong.stderr
