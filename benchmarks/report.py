@@ -201,6 +201,21 @@ def with_interval(strata: list[np.ndarray], statistic, decimals: int) -> str:
     return value if np.isnan(low) else f"{value} [{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
+def ratio(*strata, axis=-1):
+    """What a setting gains over another: the mean over the environments of (mean of its runs) / (mean of the other's).
+    `strata` are its runs, one environment each, then the other's."""
+    half = len(strata) // 2
+    return np.mean([runs.mean(axis) / base.mean(axis) for runs, base in zip(strata[:half], strata[half:])], axis=0)
+
+
+def gain(rows: list[dict], setting: str, base: str, env_ids) -> str:
+    """ratio with its interval; "-" until each environment has runs of both."""
+    strata = [values_of(rows, s, env_id) for s in (setting, base) for env_id in env_ids]
+    if not all(values.size for values in strata):
+        return "-"
+    return "1" if setting == base else with_interval(strata, ratio, 2)
+
+
 # --- Figures ------------------------------------------------------------------------------------------------------
 
 
@@ -480,21 +495,6 @@ SERIAL = {
 MIXES = {"joint": BLUE, "joint-0.3": GREY, "separate": GREEN, "mix-ratio": ORANGE, "mix-loss": RED}
 
 
-def over_joint(*strata, axis=-1):
-    """What a loss gains over joint: the mean over the environments of (mean of its runs) / (mean of joint's). `strata`
-    are its runs, one environment each, then joint's."""
-    half = len(strata) // 2
-    return np.mean([runs.mean(axis) / joint.mean(axis) for runs, joint in zip(strata[:half], strata[half:])], axis=0)
-
-
-def gain(rows: list[dict], setting: str, joint: str, env_ids) -> str:
-    """over_joint with its interval; "-" until each environment has runs of both."""
-    strata = [values_of(rows, s, env_id) for s in (setting, joint) for env_id in env_ids]
-    if not all(values.size for values in strata):
-        return "-"
-    return "1" if setting == joint else with_interval(strata, over_joint, 2)
-
-
 def joint_loss_mujoco(rows: list[dict], curves: list[dict], figures: Path) -> str:
     env_ids = sorted(ordered(r["env_id"] for r in rows))
     lines = [f"| 1M steps | {' | '.join(env_ids)} | over joint |", "|---" * (2 + len(env_ids)) + "|"]
@@ -504,7 +504,7 @@ def joint_loss_mujoco(rows: list[dict], curves: list[dict], figures: Path) -> st
     for s in (s for s in MIXES if s in TABLE3["Ant-v4"]):
         paper = [np.array([TABLE3[e][name]]) for name in (s, "joint") for e in env_ids]
         cells = [str(TABLE3[env_id][s]) for env_id in env_ids]
-        lines.append(f"| the paper's Table 3, {s} | {' | '.join(cells)} | {over_joint(*paper):.2f} |")
+        lines.append(f"| the paper's Table 3, {s} | {' | '.join(cells)} | {ratio(*paper):.2f} |")
     curves_figure([c for c in curves if not c["setting"].endswith("-3M")], rows, MIXES, figures / "joint_loss_1M.png")
     lines += ["", "![1M](benchmarks/figures/joint_loss_1M.png)"]
     longer = [c for c in curves if c["setting"].endswith("-3M")]
@@ -599,11 +599,13 @@ def vmpo(rows: list[dict], curves: list[dict], figures: Path) -> str:
         chosen = [c for c in curves if c["setting"] in BESIDE and c["env_id"] in both]
         curves_figure(chosen, rows, BESIDE, figures / "vmpo_gaussian.png")
         pictures.append("gaussian")
-    ablated = ordered(r["setting"] for r in rows if r["setting"].endswith("-1M"))
-    if ablated:
-        env_ids = sorted({r["env_id"] for r in rows if r["setting"] in ablated})
-        lines = [f"| 1M steps | {' | '.join(env_ids)} |", "|---" * (1 + len(env_ids)) + "|"]
-        lines += [f"| {s.removesuffix('-1M')} | {' | '.join(cell(rows, s, e) for e in env_ids)} |" for s in ablated]
+    ablated = ordered(["default-1M"] + [r["setting"] for r in rows if r["setting"].endswith("-1M")])
+    env_ids = sorted({r["env_id"] for r in rows if r["setting"] in ablated})
+    if env_ids:
+        lines = [f"| 1M steps | {' | '.join(env_ids)} | over default |", "|---" * (2 + len(env_ids)) + "|"]
+        for s in ablated:
+            cells = [cell(rows, s, env_id) for env_id in env_ids] + [gain(rows, s, "default-1M", env_ids)]
+            lines.append(f"| {s.removesuffix('-1M')} | {' | '.join(cells)} |")
         parts.append(lines)
     longest = [c for c in curves if c["setting"].endswith("-20M")]
     if longest:

@@ -238,6 +238,18 @@ def test_vmpo_has_a_table_of_the_long_pair(tmp_path):
     assert (tmp_path / "figures/vmpo_20M.png").exists()
 
 
+def test_vmpo_s_ablations_are_read_against_the_default(tmp_path):
+    scores = {"coupled": (50, 600), "default": (100, 400)}
+    rows = [
+        {"setting": f"{setting}-1M", "env_id": env_id, "seed": "1", "score": str(score)}
+        for setting, both in scores.items()
+        for env_id, score in zip(["HalfCheetah-v4", "Hopper-v4"], both)
+    ]
+    table = report.vmpo(rows, [], tmp_path)
+    assert table.startswith("| 1M steps | HalfCheetah-v4 | Hopper-v4 | over default |\n|---|---|---|---|\n")
+    assert "\n| default | 100 | 400 | 1 |\n| coupled | 50 | 600 | 1.00 |" in table  # (1/2 + 3/2) / 2
+
+
 def test_two_runs_of_one_row_are_refused_unless_they_are_the_same(copy):
     for k, extra in enumerate(["", "", "--clip-coef 0.5"]):
         folder = copy / f"runs/ppo_table1/{k}/run"
