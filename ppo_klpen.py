@@ -507,7 +507,7 @@ def draw_noise(agent: Agent, *shape: int) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=1)  # all rollouts share one
 def capture_act(agent: Agent, obs_shape: tuple, obs_dtype: torch.dtype):
-    """act; on a GPU as a CUDA graph, since launching its kernels one by one takes longer than an environment's step. The
+    """act; on a GPU as a CUDA graph: its kernels, launched one by one, take longer than an environment's step. The
     graph reads the agent's tensors where they lie at the capture, and each call overwrites what the last returned."""
     device = agent.obs_rms.shift.device
     if device.type == "cpu":
