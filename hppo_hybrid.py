@@ -1234,7 +1234,7 @@ def minibatches_per_call(args: Args) -> int:
 
 def compile_update(agent: Agent, optimizer: dict, coefs: dict, batch: dict, args: Args):
     """update_step bound to agent and args, and compiled, by running it once on `batch`. Where that fails, for want of a
-    C++ compiler say, one line tells why and the plain function is returned."""
+    C++ compiler say, or gives another gradient, one line tells why and the plain function is returned."""
     step = functools.partial(update_step, agent=agent, args=args)
     if not args.compile:
         return step
@@ -1258,7 +1258,12 @@ def compile_update(agent: Agent, optimizer: dict, coefs: dict, batch: dict, args
     gc.disable()  # the compiler's many small objects cost the collector 2 s
     try:
         indices = torch.arange(len(batch["obs"])).view(args.num_minibatches, -1)[: minibatches_per_call(args)]
-        compiled(optimizer, batch, indices.to(optimizer["theta"].device), coefs)
+        indices = indices.to(optimizer["theta"].device)
+        (new, _), (plain, _) = (run(optimizer, batch, indices, coefs) for run in (compiled, step))
+        change = (plain["exp_avg"] - optimizer["exp_avg"]).norm()
+        error = ((new["exp_avg"] - plain["exp_avg"]).norm() / change.clamp(min=1e-12)).item()
+        if not error < 0.01:  # compilers have lost gradients without a word (github.com/pytorch/pytorch/issues/189895)
+            raise ArithmeticError(f"the compiled gradient is {error:.0%} off")
     except Exception as error:  # a mistake in the loss will show again, with its traceback, in the plain function
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
         tqdm.write(f"notice: the update runs uncompiled, several times slower ({reason})", file=sys.stderr)

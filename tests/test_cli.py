@@ -325,6 +325,24 @@ def test_without_a_compiler_a_notice_and_the_run_goes_on(tmp_path):
     assert_only_progress(result.stderr.replace(notices[0], ""))
 
 
+def test_a_compiled_update_that_loses_a_gradient_is_not_used(tmp_path, monkeypatch, capfd):
+    def lossy(step, **options):
+        def compiled(*args):
+            optimizer, metrics = step(*args)
+            return {**optimizer, "exp_avg": optimizer["exp_avg"].index_fill(0, torch.arange(500), 0)}, metrics
+
+        return compiled
+
+    flags = ["--env-id", "Hopper-v4", *SMALL, "--total-timesteps", "256"]
+    main(parse_args([*flags, "--no-compile", "--runs-dir", str(tmp_path / "plain")]))
+    assert "notice" not in capfd.readouterr().err
+    monkeypatch.setattr(torch, "compile", lossy)
+    main(parse_args([*flags, "--runs-dir", str(tmp_path / "lossy")]))
+    assert re.findall("notice: .*", capfd.readouterr().err)[0].endswith("% off)")
+    plain, noticed = (torch.load(only(tmp_path / name) / "model.pt", weights_only=True) for name in ("plain", "lossy"))
+    assert all(torch.equal(plain[name], noticed[name]) for name in plain)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation, video, tracking
 # ----------------------------------------------------------------------------------------------------------------------

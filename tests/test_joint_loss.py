@@ -300,7 +300,11 @@ def test_the_networks_fit_any_map(size):
     trunk, actor, critic = ppo.unit_networks(size, 27, cells + 78)
     assert actor(trunk(planes)).shape == (2, cells + 78) and critic(trunk(planes)).shape == (2, 1)
     trunk, actor, critic = ppo.gridnet_networks(size, 27, cells * 78)
+    pools, pooled = [layer for layer in trunk if isinstance(layer, torch.nn.MaxPool2d)], []
+    for pool in pools:
+        pool.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0][0, 0].numel()))
     assert actor(trunk(planes)).shape == (2, cells * 78) and critic(trunk(planes)).shape == (2, 1)
+    assert pools and min(pooled) > 1  # compiled for a GPU, a pool of one cell has no gradient
 
 
 def test_gridnet_s_logits_of_a_cell_are_78_in_a_row():
