@@ -41,7 +41,7 @@ def train(module, runs_dir: Path, *flags) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize("line", RUNS, ids=[line.replace(MICRORTS, "MicroRTS") for line in RUNS])
 def test_cuda_graphs_learn_what_the_plain_update_learns_on_the_cpu(line, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # 3 % apart with it, of gridnet's eight convolutions
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # 5 % apart with it, of gridnet's eight convolutions
     name, *flags = line.split()
     module = importlib.import_module(name)
     num_steps = int(flags[flags.index("--num-steps") + 1]) if "--num-steps" in flags else 32
