@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
+#     "filelock==4.3.1",
 #     "gymnasium[mujoco]==1.4.0",
 #     "moviepy==2.2.1",
 #     "mujoco==3.11.0",
@@ -8,6 +9,7 @@
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
 #     "tqdm==4.70.1",
+#     "typeguard==4.6.1",
 #     "tyro==1.0.17",
 # ]
 # ///
@@ -21,145 +23,96 @@ For states s, actions a and advantages A gathered with the policy pi_old, maximi
     Adaptive: after each iteration d = E[KL]; d < d_targ / 1.5 halves beta, d > 1.5 d_targ doubles it.
     Fixed: beta stays. Nothing is clipped, and KL is that of the two Gaussians, not an estimate from the samples.
 
-L_V is half the squared error of V against the GAE return, S the entropy. The rest follows "The 37
-Implementation Details of PPO" (Huang et al. 2022), continuous control, except where a comment says why not.
-Against ppo_continuous.py: the loss and its flags; the batch holds the old policy's mean and sigma; train() adapts beta.
+L_V is half the squared error of V against the GAE return, S the entropy. The rest follows "The 37 Implementation
+Details of PPO" (Huang et al. 2022), continuous control, except where a comment says why not.
 
-    python ppo_klpen.py --env-id HalfCheetah-v4
-    python ppo_klpen.py --eval runs/HalfCheetah-v4__ppo_klpen__1__1735689600
+    python ppo_klpen.py --env-id HalfCheetah-v4    # then --resume or --eval with the folder that it names
 """
 
-import contextlib
-import dataclasses
-import difflib
 import functools
 import gc
 import importlib.metadata
 import importlib.util
-import inspect
-import io
 import json
 import logging
 import math
 import os
-import platform
+import pickle
 import random
-import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+import zipfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
+import typeguard
 import tyro
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-# ======================================================================================================
-# Args
-# ======================================================================================================
+MIN_BETA, MAX_BETA = 2.0**-30, 2.0**30  # what adaptation holds beta within
+
+# ===== Args ===========================================================================================================
 
 
 @dataclass
 class Args:
     # Task
-    env_id: str = "HalfCheetah-v4"
-    """gymnasium id, with flat Box observations and actions"""
-    seed: int = 1
-    """seed of torch, numpy and random; environment i starts from seed + i"""
-    total_timesteps: int = 1_000_000
-    """environment steps in all; only whole batches are run"""
-    num_envs: int = 8
-    """N, environments stepped side by side"""
-    backend: Literal["gymnasium", "envpool"] = "gymnasium"
-    """what steps the environments; envpool is installed apart"""
-    env_threads: int = 0
-    """threads that EnvPool steps with; 0: one a core, at most N"""
-
+    env_id: str = "HalfCheetah-v4"  # gymnasium id; with MODULE:ID the module is imported first
+    env_kwargs: str = "{}"  # keyword arguments of gymnasium.make, as JSON
+    rescale_actions: bool = False  # map actions in [-1, 1] onto the bounds of the action space
+    seed: int = 1  # of everything that is drawn
+    num_envs: int = 8  # N, environments stepped side by side
     # Algorithm
-    num_steps: int = 256
-    """T, steps of each environment in a batch of N x T"""
-    update_epochs: int = 10
-    """passes over each batch"""
-    num_minibatches: int = 32
-    """equal parts that each pass cuts the batch into"""
-    learning_rate: float = 3e-4
-    """Adam's step size at the start"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly, to 0 at the end"""
-    gamma: float = 0.99
-    """discount, in [0, 1]"""
-    gae_lambda: float = 0.95
-    """lambda of the advantage estimator, in [0, 1]"""
-    norm_adv: bool = True
-    """give each minibatch's advantages mean 0 and std 1"""
-    kl_mode: Literal["adaptive", "fixed"] = "adaptive"
-    """adapt beta after each iteration, or leave it"""
-    kl_beta: float = 1.0
-    """beta of the objective, at the start; 0 with fixed: no penalty"""
-    kl_target: float = 0.01
-    """d_targ, what adaptive beta holds the mean KL to, in nats"""
-    ent_coef: float = 0.0
-    """c_e, weight of the entropy"""
-    vf_coef: float = 0.5
-    """c_v, weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """largest Euclidean norm of a minibatch's gradient"""
-    target_kl: float | None = None
-    """end the passes over a batch once approx_kl exceeds this, in nats"""
-
+    num_steps: int = 256  # T, steps of each environment in a batch of N x T
+    update_epochs: int = 10  # passes over each batch
+    num_minibatches: int = 32  # equal parts that each pass cuts the batch into
+    learning_rate: float = 3e-4  # Adam's step size at the start
+    anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at the end
+    gamma: float = 0.99  # discount, in [0, 1]
+    gae_lambda: float = 0.95  # lambda of the advantage estimator, in [0, 1]
+    norm_adv: bool = True  # give each minibatch's advantages mean 0 and std 1
+    kl_mode: Literal["adaptive", "fixed"] = "adaptive"  # adapt beta after each iteration, or leave it
+    kl_beta: float = 1.0  # beta of the objective, at the start; 0 with fixed: no penalty
+    kl_target: float = 0.01  # d_targ, what adaptive beta holds the mean KL to, in nats
+    ent_coef: float = 0.0  # c_e, weight of the entropy
+    vf_coef: float = 0.5  # c_v, weight of the value loss
+    max_grad_norm: float = 0.5  # largest Euclidean norm of a minibatch's gradient
+    target_kl: float | None = None  # end the passes over a batch once approx_kl exceeds this, in nats
     # Network and scales
-    std_type: Literal["independent", "fixed", "state"] = "independent"
-    """sigma: free parameters, constants, or a head of the network"""
-    log_std_init: float = 0.0
-    """log sigma at the start"""
-    norm_obs: bool = True
-    """give observations mean 0 and variance 1, clip to [-10, 10]"""
-    norm_reward: bool = True
-    """divide rewards by the std of the discounted return, clip to [-10, 10]"""
-
-    # Machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks run; auto: cuda when there is one"""
-    compile: bool = True
-    """compile the update to one graph with torch.compile"""
-    torch_threads: int = 1
-    """torch's threads on the CPU; small networks lose with more"""
-
-    # Run folder
-    runs_dir: str = "runs"
-    """parent of the folder {env_id}__{exp_name}__{seed}__{time}"""
-    exp_name: str = Path(__file__).stem
-    """the experiment's name"""
-    checkpoint_every: int = 10
-    """iterations between two checkpoints"""
-    resume: str | None = None
-    """continue the run in this folder, with its own settings"""
-    track: bool = False
-    """copy the metrics to Weights & Biases, which is installed apart"""
-
-    # Evaluation
-    eval: str | None = None
-    """only evaluate the run in this folder"""
-    eval_episodes: int = 10
-    """greedy episodes, after training or for --eval"""
-    capture_video: bool = False
-    """film the evaluation, videos/*/*.mp4 in the run's folder"""
-
-
-# What a flag may change when a run is resumed or evaluated: all that does not change its course or its model.
-MAY_CHANGE = {
-    "resume": "resume device torch_threads env_threads checkpoint_every eval_episodes capture_video".split(),
-    "eval": "eval device torch_threads eval_episodes capture_video seed runs_dir".split(),
-}
+    std_type: Literal["independent", "fixed", "state"] = "independent"  # sigma: parameters, constants, or a head
+    log_std_init: float = 0.0  # log sigma at the start
+    norm_obs: bool = True  # give observations mean 0 and variance 1, clip to [-10, 10]
+    norm_reward: bool = True  # divide rewards by the std of the discounted return, clip to [-10, 10]
+    # Folder
+    runs_dir: str = "runs"  # parent of the run's folder, {env_id}__{exp_name}__{seed}__{time}
+    exp_name: str = Path(__file__).stem  # the experiment's name
+    init_from: str | None = None  # start from the weights and statistics in this run's folder, or .pt file
+    track: bool = False  # copy the metrics to Weights & Biases: pip install wandb==0.31.0
+    wandb_project: str = "compound-action-rl"  # the project there
+    wandb_entity: str | None = None  # the user or team there
+    # Until here: what makes a run, and stays when it is resumed or evaluated. From here on: what may change.
+    total_timesteps: int = 1_000_000  # environment steps in all; only whole batches are run
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks learn; auto: cuda when there is one
+    compile: bool = True  # compile the update to one graph with torch.compile
+    torch_threads: int = 1  # torch's threads on the CPU; small networks lose with more
+    checkpoint_every: float = 10.0  # seconds between two checkpoints
+    resume: str | None = None  # continue the run in this folder, up to --total-timesteps
+    eval: str | None = None  # only evaluate the run in this folder, or its best.pt
+    eval_episodes: int = 10  # greedy episodes of an evaluation; 0: no evaluation
+    eval_every: int = 0  # evaluate every so many iterations too, keep the best model as best.pt; 0: only at the end
+    eval_max_steps: int = 10_000  # end a greedy episode after so many steps
+    capture_video: bool = False  # film the evaluations, videos/*/*.mp4 in the run's folder
 
 
 def fail(message: str, status: int = 2):
@@ -168,238 +121,201 @@ def fail(message: str, status: int = 2):
     raise SystemExit(status)
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def notice(message: str):
+    tqdm.write(f"notice: {message}", file=sys.stderr)
 
 
-def help_page() -> str:
-    """Args as a page: one line a flag, under the comments that group the fields in its source."""
-    lines = [f"usage: python {Path(__file__).name} [--flag value ...]", "", __doc__.split("\n")[0]]
-    pattern = r'^    (?:# (.+)|(\w+): (.+) = .+\n    """(.+)""")$'
-    for group, name, kind, text in re.findall(pattern, inspect.getsource(Args), re.MULTILINE):
-        default = getattr(Args, name, None)
-        if group:
-            lines += ["", f"{group}:"]
-            continue
-        if kind == "bool":
-            invocation, default = f"{flag(name)}, {flag('no_' + name)}", "on" if default else "off"
-        elif kind.startswith("Literal"):
-            invocation = f"{flag(name)} {{{','.join(Args.__annotations__[name].__args__)}}}"
-        else:
-            kind = kind.removesuffix(" | None").replace("tuple[", "").replace(", ...]", " ...")
-            invocation = f"{flag(name)} {kind.upper()}"
-        lines.append(f"  {invocation:<37} {text} [{default}]")
-    return "\n".join(lines)
-
-
-def command_line(argv: list[str], **tyro_options) -> Args:
-    """tyro's reading of a command line; its box for a wrong one is put into one line."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, args=argv, add_help=False, **tyro_options)
-    except SystemExit:
-        said = re.split("─{9,}", box.getvalue().partition("╮")[2])[0]
-        fail(re.sub("[│╰╯]", " ", said) + " (--help lists the flags)")
-
-
-def parse_args(argv: list[str]) -> Args:
-    """Args from a command line. --resume and --eval start from the run's own settings, so a flag that contradicts
-    them is seen even where it names a default."""
-    if "-h" in argv or "--help" in argv:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that is left, head: no traceback
-        print(help_page())
-        raise SystemExit(0)
-    args = command_line(argv)
-    given = {name: getattr(args, name) for name in ("resume", "eval") if getattr(args, name) is not None}
-    if not given:
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Args from a command line; with --resume and --eval the defaults are the run's own settings."""
+    args = tyro.cli(Args, args=argv)
+    path = args.resume if args.resume is not None else args.eval
+    if path is None:
         return args
-    if len(given) == 2:
-        fail(f"--resume {args.resume} and --eval {args.eval}: give one of them")
-    [(mode, folder)] = given.items()
-    saved = saved_args(mode, folder)
-    saved.device = "auto"  # a run may move to another machine
-    args = command_line(argv, default=saved)
-    for name, value in dataclasses.asdict(args).items():
-        if value != getattr(saved, name) and name not in MAY_CHANGE[mode]:
-            fail(f"{flag(name)} {value}: the run in {folder} has {getattr(saved, name)}; leave the flag out")
+    config = (Path(path).parent if path.endswith(".pt") else Path(path)) / "config.json"
+    try:
+        saved = json.loads(config.read_text())["args"]
+        for name, kind in get_type_hints(Args).items():
+            typeguard.check_type(saved[name], kind)
+        default = Args(**saved)
+    except (OSError, ValueError, LookupError, TypeError, typeguard.TypeCheckError) as error:
+        fail(f"{config}: not that of a {Path(__file__).stem} run ({type(error).__name__}: {error})")
+    if ":" in default.env_id and args.env_id != default.env_id:  # somebody else's folder imports nothing by itself
+        fail(f"{path} needs the module in {default.env_id}: if you trust it, repeat --env-id {default.env_id}")
+    args = tyro.cli(Args, args=argv, default=default)
+    for name, value in asdict(args).items():
+        if name == "total_timesteps":
+            break
+        if value != saved[name]:
+            fail(f"--{name.replace('_', '-')} {value}: the run in {path} has {saved[name]}; leave the flag out")
     return args
 
 
-def check_args(args: Args):
-    """Leave with one line for a value that no run could use."""
-    unit_interval = {"gamma", "gae_lambda"}
-    at_least_0 = {"seed", "env_threads", "kl_beta", "vf_coef", "ent_coef"}
-    for name, value in dataclasses.asdict(args).items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            continue
-        if name == "log_std_init" and not abs(value) <= 20:
-            fail(f"{flag(name)} {value}: must be in [-20, 20]")
-        if name in unit_interval and not 0 <= value <= 1:
-            fail(f"{flag(name)} {value}: must be in [0, 1]")
-        if name in at_least_0 and not 0 <= value < 2**31:
-            fail(f"{flag(name)} {value}: must be 0 or more, and below 2**31")
-        if name not in {*unit_interval, *at_least_0, "log_std_init"} and not 0 < value < math.inf:
-            fail(f"{flag(name)} {value}: must be above 0")
-    if args.kl_mode == "adaptive" and not MIN_BETA <= args.kl_beta <= MAX_BETA:
-        fail(f"--kl-beta {args.kl_beta}: --kl-mode adaptive keeps it in [{MIN_BETA:.0e}, {MAX_BETA:.0e}]; or use fixed")
+def check(args: Args):
+    """Exit with 2 and one line for what no run could use. A field of your own needs no entry here."""
+    for low, high, names in [
+        (1, math.inf, "num_envs num_steps update_epochs num_minibatches torch_threads eval_max_steps"),
+        (0, math.inf, "eval_episodes eval_every checkpoint_every"),
+        (0, sys.float_info.max, "learning_rate ent_coef vf_coef max_grad_norm target_kl"),
+        (0 if args.kl_mode == "fixed" else MIN_BETA, MAX_BETA, "kl_beta"),
+        (1e-30, 1e30, "kl_target"),
+        (0, 1, "gamma gae_lambda"),
+        (0, 2**32 - 1, "seed"),
+        (-20, 20, "log_std_init"),
+    ]:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:
+                fail(f"--{name.replace('_', '-')} {value}: must be in [{low:g}, {high:g}]")
     batch_size = args.num_envs * args.num_steps
-    batch = f"the batch, {args.num_envs} x {args.num_steps} = {batch_size} steps"
-    if batch_size % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: must divide {batch}")
-    if args.total_timesteps < batch_size:
-        fail(f"--total-timesteps {args.total_timesteps}: must be at least {batch}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail(f"--device cuda: torch {torch.__version__} finds no CUDA device here; use --device cpu or auto")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track: Weights & Biases is not installed; pip install wandb==0.31.0")
-    if "/" in args.exp_name:
-        fail(f"--exp-name {args.exp_name}: must do as part of a folder's name, without /")
+    for flag, wrong, must in [
+        ("--num-minibatches", batch_size % args.num_minibatches, f"must divide the batch of {batch_size} steps"),
+        ("--total-timesteps", args.total_timesteps < batch_size, f"must be at least the batch of {batch_size} steps"),
+        ("--exp-name", set(args.exp_name) & set("/\\:"), "goes into a folder's name, so it cannot have / \\ or :"),
+        ("--device", args.device == "cuda" and not torch.cuda.is_available(), "needs a GPU that torch finds"),
+        ("--eval", None not in (args.eval, args.resume), "cannot go with --resume"),
+        ("--eval-every", args.eval_every and not args.eval_episodes, "evaluates nothing with --eval-episodes 0"),
+        ("--track", args.track and importlib.util.find_spec("wandb") is None, "needs pip install wandb==0.31.0"),
+    ]:
+        if wrong:
+            fail(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: {must}")
 
 
-# ======================================================================================================
-# Environments
-#
-# Autoreset stays off. Since gymnasium 1.0 a vector environment by default answers the step after an
-# episode's end with a reset, so that one stored row per episode joins two episodes. Here the finished
-# environments, and only those, are reset at once: every row of a rollout is a real transition, and
-# next_obs is the true successor also where the episode ends.
-# ======================================================================================================
+# ===== Environments ===================================================================================================
 
 
-def make_env(args: Args, **kwargs) -> gym.Env:
-    """One gymnasium environment with a flat float observation and a bounded flat action, else exit 2."""
-    with warnings.catch_warnings():
+def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None) -> gym.Env:
+    """An environment with flat observations and Box actions; exits with 2 for any other."""
+    about, Box = f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}'", gym.spaces.Box
+    try:
+        kwargs = {**json.loads(args.env_kwargs), **({"render_mode": "rgb_array"} if video_dir else {})}
         warnings.filterwarnings("ignore", message=".*is out of date")  # the v4 ids are meant
-        try:
-            env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
-        except gym.error.UnregisteredEnv as error:
-            close = difflib.get_close_matches(args.env_id, gym.registry, n=3)
-            fail(f"--env-id {args.env_id}: {error}" + (f" Close matches: {', '.join(close)}" if close else ""))
-        except Exception as error:  # whatever a third party's constructor raises is about this id
-            renderer = f" (MUJOCO_GL={os.environ['MUJOCO_GL']})" if "MUJOCO_GL" in os.environ else ""
-            fail(f"--env-id {args.env_id}: cannot be made: {error}{renderer}")
-    obs_space, action_space = env.observation_space, env.action_space
-    boxes = obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]
-    if not all(isinstance(box, gym.spaces.Box) and len(box.shape) == 1 for box in boxes):
-        fail(f"--env-id {args.env_id}: observations are {obs_space}; supported are a flat Box and a Dict of flat Boxes")
-    if isinstance(obs_space, gym.spaces.Dict):
-        env = gym.wrappers.FlattenObservation(env)
-    if not isinstance(action_space, gym.spaces.Box):
-        others = {"Discrete": "vmpo.py", "MultiDiscrete": "ppo_multidiscrete_joint_loss.py"}
-        serves = others.get(type(action_space).__name__, "hppo_hybrid.py")
-        fail(f"--env-id {args.env_id}: actions are {action_space}; needed is a flat Box, {serves} serves this space")
-    if len(action_space.shape) != 1 or not action_space.is_bounded():
-        fail(f"--env-id {args.env_id}: actions are {action_space}; needed is a flat Box with finite bounds")
+        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+        space = env.observation_space
+        if not isinstance(space, Box) or len(space.shape) in (0, 2):
+            env = gym.wrappers.FlattenObservation(env)  # of a Discrete, a Dict or a Tuple too
+    except Exception as error:  # whatever a third party's constructor raises is about this id and these kwargs
+        fail(f"{about}: {type(error).__name__}: {error}")
+    if not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
+        fail(f"{about}: observations are {space}; images, Boxes of three dimensions, are not supported yet")
+    if not isinstance(env.action_space, Box):
+        fail(f"{about}: actions are {env.action_space}, not a Box; the README names the script for this space")
+    if args.rescale_actions and not env.action_space.is_bounded():
+        fail(f"--rescale-actions: {args.env_id} has no bounds to map [-1, 1] onto: {env.action_space}")
+    if evaluation:
+        env = gym.wrappers.TimeLimit(env, args.eval_max_steps)
+    if video_dir:
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda k: k < args.eval_episodes, disable_logger=True)
     return env
 
 
-def to_env(actions: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
-    """Actions [..., A] as the policy draws them -> as the environment takes them: clipped to its bounds."""
-    return np.clip(actions, space.low, space.high)
+def to_env(actions: np.ndarray, space: gym.spaces.Box, rescale: bool) -> np.ndarray:
+    """Actions [N, A] as drawn -> [N, *space.shape] as the environment takes them: within its bounds, of its dtype."""
+    actions = actions.reshape(len(actions), *space.shape)
+    if rescale:
+        actions = space.low + (actions + 1) / 2 * (space.high - space.low)
+    if space.dtype.kind in "iu":
+        actions = np.rint(actions)
+    return actions.clip(space.low, space.high).astype(space.dtype, copy=False)
 
 
-class GymnasiumEnvs:
-    """N environments stepped in a plain loop, which takes a tenth less time than gymnasium's SyncVectorEnv."""
+class Envs:
+    """N environments stepped in a loop: 44 us a step, where gymnasium's SyncVectorEnv takes 54.
 
-    def __init__(self, args: Args):
-        self.envs = [make_env(args) for _ in range(args.num_envs)]
+    Since gymnasium 1.0 a vector environment by default answers the step after an episode's end with a reset, so that a
+    stored row joins two episodes. Here exactly the finished environments are reset, at once: every row is a real
+    transition, and next_obs is the true successor also where the episode ends. An episode's seed is a function of the
+    run's seed, the environment's index (-1 for evaluation) and the episode's number; with that and its actions, which
+    are kept, another process can repeat a running episode.
+    """
 
-    def reset(self, indices, seed: int | None = None) -> np.ndarray:
-        """Start new episodes in these environments; their first observations, float32 [len(indices), O]."""
-        seeds = [None if seed is None else seed + int(i) for i in indices]
-        return np.array([self.envs[i].reset(seed=s)[0] for i, s in zip(indices, seeds)], dtype=np.float32)
+    def __init__(self, args: Args, indices, **make_env_options):
+        self.args, self.indices, self.global_step, N = args, indices, 0, len(indices)
+        self.envs = [make_env(args, **make_env_options) for _ in indices]
+        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        self.obs = np.zeros((N, *self.observation_space.shape), dtype=np.float32)  # what to act on
+        self.episode = np.zeros(N, dtype=np.int64)  # the running episode's number, its sums and actions
+        self.returns, self.discounted, self.actions = np.zeros(N), np.zeros(N), [[] for _ in indices]
+        self.finished = []  # (global_step, return, length, last info) of those that ended
+        for i in range(N):
+            self.reset(i)
 
-    def step(self, actions: np.ndarray):
-        """actions [N, A] -> next_obs float32 [N, O], rewards float64 [N], terminated and truncated bool [N]."""
-        n = len(self.envs)
-        obs = np.empty((n, *self.envs[0].observation_space.shape), dtype=np.float32)
-        rewards, terminated, truncated = np.empty(n), np.empty(n, dtype=bool), np.empty(n, dtype=bool)
-        for i, env in enumerate(self.envs):
-            obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(actions[i])
-        return obs, rewards, terminated, truncated
+    def add_note(self, error: Exception, i: int):
+        error.add_note(f"{self.args.env_id}, environment {self.indices[i]}, after {self.global_step:,} steps in all")
 
-    def state(self) -> list[dict] | None:
-        """Everything that a continued episode depends on, or None where that cannot be captured."""
-        states = [mujoco_state(env) for env in self.envs]
-        return None if None in states else states
-
-    def load_state(self, states: list[dict]):
-        for env, state in zip(self.envs, states):
-            load_mujoco_state(env, state)
-
-
-class EnvPoolEnvs:
-    """N environments stepped by EnvPool's C++ threads. Their state cannot be captured."""
-
-    def __init__(self, env_id: str, num_envs: int, seed: int, threads: int):
+    def reset(self, i: int):
+        """Begin the next episode of environment i."""
+        self.episode[i] += 1
+        self.returns[i], self.discounted[i], self.actions[i] = 0, 0, []
+        seed = np.random.SeedSequence([self.args.seed, self.indices[i] + 1, self.episode[i]]).generate_state(1)[0]
         try:
-            import envpool
-        except ImportError:
-            fail("--backend envpool: not installed; pip install envpool==1.2.5, or use --backend gymnasium")
-        if env_id not in envpool.list_all_envs():
-            fail(f"--backend envpool: EnvPool {envpool.__version__} has no {env_id}; use --backend gymnasium")
-        threads = threads or min(num_envs, os.cpu_count())
-        self.pool = envpool.make_gymnasium(env_id, num_envs=num_envs, num_threads=threads, seed=seed)
-        self.action_dtype = self.pool.action_space.dtype
+            obs, _ = self.envs[i].reset(seed=int(seed))
+            self.obs[i] = np.reshape(obs, self.obs[i].shape)  # an assignment alone may broadcast
+        except Exception as error:
+            self.add_note(error, i)
+            raise
 
-    def reset(self, indices, seed: int | None = None) -> np.ndarray:
-        return self.pool.reset(np.asarray(indices))[0].astype(np.float32)
+    def step(self, actions: np.ndarray) -> dict:
+        """Actions [N, A] as drawn -> what came of them, arrays [N, ...]; where an episode ends, the next one begins."""
+        next_obs, rewards, last_infos, shape = np.empty_like(self.obs), [], {}, self.obs.shape[1:]
+        terminated, done = np.zeros((2, len(actions)), dtype=bool)
+        try:
+            for i, action in enumerate(to_env(actions, self.action_space, self.args.rescale_actions)):
+                obs, reward, ends, is_cut, info = self.envs[i].step(action)
+                next_obs[i] = np.reshape(obs, shape)
+                rewards.append(reward)
+                self.actions[i].append(action)
+                if ends or is_cut:
+                    terminated[i], done[i], last_infos[i] = ends, True, info
+            rewards = np.array(rewards, dtype=np.float64).reshape(len(actions))  # each may be an array of one element
+        except Exception as error:
+            self.add_note(error, i)
+            raise
+        self.global_step += len(actions)
+        self.obs = next_obs.copy()
+        self.returns += rewards
+        self.discounted = rewards + self.args.gamma * self.discounted
+        discounted = self.discounted.copy()
+        for i, info in last_infos.items():
+            self.finished.append((self.global_step, float(self.returns[i]), len(self.actions[i]), info))
+            self.reset(i)
+        return dict(next_obs=next_obs, rewards=rewards, discounted=discounted, terminated=terminated, done=done)
 
-    def step(self, actions: np.ndarray):
-        obs, rewards, terminated, truncated, _ = self.pool.step(actions.astype(self.action_dtype))
-        return obs.astype(np.float32), rewards.astype(np.float64), terminated, truncated
+    def state_dict(self) -> dict:
+        arrays = {name: torch.tensor(getattr(self, name)) for name in ("obs", "episode", "returns", "discounted")}
+        actions = [torch.from_numpy(np.array(actions, self.action_space.dtype)) for actions in self.actions]
+        return {**arrays, "actions": actions, "global_step": self.global_step}
 
-    def state(self) -> None:
-        return None
+    def load_state_dict(self, state: dict):
+        """Repeat the running episodes. One that comes out with another observation or return, or that draws from the
+        process's own generators, has state elsewhere: it starts again, and a notice says so."""
 
+        def generators():
+            return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))
 
-def mujoco_state(env: gym.Env) -> dict | None:
-    """The physics, the random generator and the step counter of a MuJoCo environment; None for any other."""
-    base = env.unwrapped
-    mujoco_env = sys.modules.get("gymnasium.envs.mujoco.mujoco_env")  # the script itself can do without MuJoCo
-    if mujoco_env is None or not isinstance(base, mujoco_env.MujocoEnv):
-        return None
-    import mujoco
-
-    spec = mujoco.mjtState.mjSTATE_INTEGRATION
-    physics = np.empty(mujoco.mj_stateSize(base.model, spec))
-    mujoco.mj_getState(base.model, base.data, physics, spec)
-    # Some environments read derived arrays (Ant xpos, Humanoid xipos) before the next step recomputes them.
-    arrays = {name: getattr(base.data, name) for name in dir(base.data) if not name.startswith("_")}
-    arrays = {name: a for name, a in arrays.items() if isinstance(a, np.ndarray) and a.size and a.dtype.kind in "fi"}
-    return {
-        "physics": torch.from_numpy(physics),
-        "derived": {name: torch.from_numpy(array.copy()) for name, array in arrays.items()},
-        "rng": base.np_random.bit_generator.state,
-        "elapsed_steps": env.get_wrapper_attr("_elapsed_steps") if env.has_wrapper_attr("_elapsed_steps") else None,
-    }
-
-
-def load_mujoco_state(env: gym.Env, state: dict):
-    """Continue the episode that mujoco_state captured, bit for bit."""
-    import mujoco
-
-    base = env.unwrapped
-    env.reset()
-    mujoco.mj_setState(base.model, base.data, state["physics"].numpy(), mujoco.mjtState.mjSTATE_INTEGRATION)
-    for name, array in state["derived"].items():
-        if getattr(base.data, name).shape == tuple(array.shape):  # those of the contacts are made anew in each step
-            getattr(base.data, name)[...] = array.numpy()
-    base.np_random.bit_generator.state = state["rng"]
-    if state["elapsed_steps"] is not None:  # gymnasium's TimeLimit
-        env.set_wrapper_attr("_elapsed_steps", state["elapsed_steps"])
+        if len(state["actions"]) != len(self.envs) or state["obs"].shape != self.obs.shape:
+            raise ValueError("another number of environments, or another shape of observations")
+        self.global_step, restarted = state["global_step"], []
+        for i, actions in enumerate(state["actions"]):
+            before, self.episode[i] = generators(), state["episode"][i] - 1
+            self.reset(i)
+            try:
+                for action in actions.numpy():
+                    self.obs[i], reward, *_ = self.envs[i].step(action)
+                    self.returns[i] += np.asarray(reward).item()
+                    self.actions[i].append(action)
+            except Exception:  # an episode that went another way may raise, and is not the same
+                self.returns[i] = np.nan
+            self.discounted[i] = state["discounted"][i]
+            same = np.array_equal(self.obs[i], state["obs"][i]) and self.returns[i] == state["returns"][i].item()
+            if not same or generators() != before:
+                self.reset(i)
+                restarted.append(self.indices[i])
+        if restarted:
+            which = f"the episodes of environments {restarted} start again"
+            notice(f"{which}: {self.args.env_id} has state besides its seed and actions, so this run is no exact copy")
 
 
-def make_envs(args: Args, seed: int):
-    if args.backend == "envpool":
-        return EnvPoolEnvs(args.env_id, args.num_envs, seed, args.env_threads)
-    return GymnasiumEnvs(args)
-
-
-# ======================================================================================================
-# Agent
-# ======================================================================================================
+# ===== Agent ==========================================================================================================
 
 
 class RunningMeanStd(nn.Module):
@@ -417,42 +333,59 @@ class RunningMeanStd(nn.Module):
     def update(self, x: torch.Tensor):
         """x [..., *shape]: all leading dimensions are samples."""
         x = x.to(self.mean).reshape(-1, *self.mean.shape)
-        mean, var, count = x.mean(0), x.var(0, correction=0), len(x)
-        total = self.count + count
-        delta = mean - self.mean
-        self.var.copy_((self.var * self.count + var * count + delta**2 * self.count * count / total) / total)
-        self.mean += delta * count / total
+        total, delta = self.count + len(x), x.mean(0) - self.mean
+        squares = self.var * self.count + x.var(0, correction=0) * len(x) + delta**2 * self.count * len(x) / total
+        self.mean += delta * len(x) / total
+        self.var.copy_(squares / total)
         self.count.copy_(total)
         self.shift.copy_(self.mean)
         self.scale.copy_((self.var + 1e-8).rsqrt())
 
 
-def layer_init(layer: nn.Linear, std: float = math.sqrt(2), bias: float = 0.0) -> nn.Linear:
+class Gaussian:
+    """Actions [..., A] from N(mean, diag exp(log_std)^2)."""
+
+    def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
+        self.mean, self.mode, self.log_std = mean, mean, log_std
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self.mean, self.log_std.exp(), noise)
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        z = (actions - self.mean) * torch.exp(-self.log_std)
+        return (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> torch.Tensor:
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+    def kl(self, other: "Gaussian") -> torch.Tensor:
+        """KL[self || other], in nats."""
+        log_ratio = other.log_std - self.log_std
+        shift = (other.mean - self.mean) * torch.exp(-other.log_std)
+        return (log_ratio + 0.5 * (torch.exp(-2 * log_ratio) + shift**2 - 1)).sum(-1)
+
+
+def layer_init(inputs: int, outputs: int, std: float = math.sqrt(2), bias: float = 0.0) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias)
     return layer
 
 
-def hidden_layers(*sizes: int) -> nn.Sequential:
-    """Tanh layers from sizes[0] inputs to sizes[-1] outputs."""
-    layers = [(layer_init(nn.Linear(i, o)), nn.Tanh()) for i, o in zip(sizes, sizes[1:])]
-    return nn.Sequential(*(part for layer in layers for part in layer))
-
-
 class Agent(nn.Module):
-    """A Gaussian policy N(mean(s), diag sigma^2) and a value V(s), two separate networks."""
+    """A Gaussian policy and a value V(s), two separate networks, and the statistics that scale what they see."""
 
-    def __init__(self, env: gym.Env, args: Args):
+    def __init__(self, envs: Envs, args: Args):
         super().__init__()
-        [obs_dim], [action_dim] = env.observation_space.shape, env.action_space.shape
-        self.norm_obs = args.norm_obs
-        self.obs_rms = RunningMeanStd(obs_dim)
-        sizes = (obs_dim, 64, 64)
-        self.critic = nn.Sequential(*hidden_layers(*sizes), layer_init(nn.Linear(sizes[-1], 1), std=1.0))
-        self.actor = hidden_layers(*sizes)
-        self.actor_mean = layer_init(nn.Linear(sizes[-1], action_dim), std=0.01)
+        obs_dim, action_dim = envs.observation_space.shape[0], math.prod(envs.action_space.shape)
+        self.norm_obs, self.obs_rms, self.return_rms = args.norm_obs, RunningMeanStd(obs_dim), RunningMeanStd()
+        hidden = [layer_init(obs_dim, 64), nn.Tanh(), layer_init(64, 64), nn.Tanh()]
+        self.register_buffer("kl_beta", torch.tensor(args.kl_beta), persistent=False)
+        self.critic = nn.Sequential(*hidden, layer_init(64, 1, std=1.0))
+        self.actor = nn.Sequential(layer_init(obs_dim, 64), nn.Tanh(), layer_init(64, 64), nn.Tanh())
+        self.actor_mean = layer_init(64, action_dim, std=0.01)
         if args.std_type == "state":
-            self.actor_logstd = layer_init(nn.Linear(sizes[-1], action_dim), std=0.01, bias=args.log_std_init)
+            self.actor_logstd = layer_init(64, action_dim, std=0.01, bias=args.log_std_init)
         else:
             log_std = torch.full((action_dim,), args.log_std_init)
             self.actor_logstd = nn.Parameter(log_std, requires_grad=args.std_type == "independent")
@@ -460,143 +393,53 @@ class Agent(nn.Module):
     def normalize(self, obs: torch.Tensor) -> torch.Tensor:
         """Raw observations to network inputs. The statistics move between iterations only (and after the first
         rollout), so that acting, evaluation and every epoch of an iteration see the same inputs."""
-        if not self.norm_obs:
-            return obs
-        return ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10)
+        return ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10) if self.norm_obs else obs
 
-    def policy(self, obs: torch.Tensor):
-        """Normalised obs [B, O] -> mean [B, A], log_std [B, A]."""
-        hidden = self.actor(obs)
-        mean = self.actor_mean(hidden)
-        if isinstance(self.actor_logstd, nn.Linear):
-            return mean, self.actor_logstd(hidden)
-        return mean, self.actor_logstd.expand_as(mean)
+    def policy(self, obs: torch.Tensor) -> Gaussian:
+        """The distribution of actions [..., A] for raw obs [..., O]."""
+        hidden = self.actor(self.normalize(obs))
+        log_std = self.actor_logstd(hidden) if isinstance(self.actor_logstd, nn.Linear) else self.actor_logstd
+        return Gaussian(self.actor_mean(hidden), log_std)
 
     def value(self, obs: torch.Tensor) -> torch.Tensor:
-        """Normalised obs [B, O] -> V [B]."""
-        return self.critic(obs).squeeze(-1)
+        """V [...] for raw obs [..., O]."""
+        return self.critic(self.normalize(obs)).squeeze(-1)
 
-    def forward(self, obs: torch.Tensor):
-        return *self.policy(obs), self.value(obs)
+    def noise(self, *shape: int) -> torch.Tensor:
+        """What the policy's sample() takes: standard normal [*shape, A]."""
+        return torch.randn(*shape, self.actor_mean.out_features)
+
+    def forward(self, function, *args):
+        """function(agent, *args): so torch.func.functional_call can evaluate it at other parameters."""
+        return function(self, *args)
 
 
-# ======================================================================================================
-# Rollout
-# ======================================================================================================
-
-
-def check_finite(values: dict, global_step: int):
-    """Raise FloatingPointError for the first of these numbers or arrays that has a nan or an inf."""
-    for name, value in values.items():
-        if not np.isfinite(value).all():
-            raise FloatingPointError(f"{name} is nan or inf at step {global_step:,}")
+# ===== Rollout ========================================================================================================
 
 
 @torch.inference_mode()
-def act(agent: Agent, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """mean + sigma * noise for raw obs [N, O] and draw_noise [N, A]. Left uncompiled: at this size a compiled call
-    saves nothing."""
-    mean, log_std = agent.policy(agent.normalize(obs))
-    return torch.addcmul(mean, log_std.exp(), noise)
+def rollout(envs: Envs, actor: Agent, args: Args) -> dict:
+    """T steps of N environments with `actor`, the agent on the CPU: rows [T, N, ...], each one real transition. Actions
+    are stored as drawn; only the environment sees them clipped. FloatingPointError names the earliest nan or inf."""
+    first_step, steps, rows = envs.global_step + args.num_envs, [], {}
+    try:
+        for noise in actor.noise(args.num_steps, args.num_envs):
+            obs = envs.obs
+            actions = actor.policy(torch.from_numpy(obs)).sample(noise).numpy()
+            steps.append({"obs": obs, "actions": actions, **envs.step(actions)})
+    finally:  # an environment that raises may do so for a nan that it gave before
+        if steps:
+            rows = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
+        if not all(np.isfinite(array).all() for array in rows.values()):
+            t, name = next((t, n) for t, step in enumerate(steps) for n in step if not np.isfinite(step[n]).all())
+            raise FloatingPointError(f"{name} is nan or inf at step {first_step + t * args.num_envs:,}")
+    return {name: torch.from_numpy(array) for name, array in rows.items()}
 
 
-def draw_noise(agent: Agent, *shape: int) -> torch.Tensor:
-    """What act turns into actions: standard normal [*shape, A]."""
-    return torch.randn(*shape, agent.actor_mean.out_features)
+# ===== Advantages =====================================================================================================
 
 
-@functools.lru_cache(maxsize=1)  # all rollouts share one
-def capture_act(agent: Agent, obs_shape: tuple, obs_dtype: torch.dtype):
-    """act; on a GPU as a CUDA graph: its kernels, launched one by one, take longer than an environment's step. The
-    graph reads the agent's tensors where they lie at the capture, and each call overwrites what the last returned."""
-    device = agent.obs_rms.shift.device
-    if device.type == "cpu":
-        return act
-    obs = torch.zeros(obs_shape, dtype=obs_dtype, device=device)
-    with torch.random.fork_rng(devices=[]):  # a run draws the same noise on a GPU and without
-        noise = draw_noise(agent, obs_shape[0]).to(device)
-    act(agent, obs, noise)  # what libraries set up in their first call cannot be captured
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        actions = act(agent, obs, noise)
-
-    def replay(agent, new_obs, new_noise):
-        obs.copy_(new_obs)
-        noise.copy_(new_noise)
-        graph.replay()
-        return actions
-
-    return replay
-
-
-def start_episodes(envs, num_envs: int, seed: int) -> dict:
-    """What a rollout carries on from: the current observations, and each running episode's sums."""
-    obs = envs.reset(np.arange(num_envs), seed)
-    zeros = np.zeros(num_envs)
-    return {"obs": obs, "episode_return": zeros, "episode_length": zeros.copy(), "discounted_return": zeros.copy()}
-
-
-def rollout(envs, agent: Agent, running: dict, action_space: gym.Space, args: Args, global_step: int):
-    """T steps of N environments; `running` is carried forward in place.
-
-    Returns rows, CPU tensors [T, N, ...], each row one real transition, and the episodes that finished as
-    tuples (global_step, return, length). Raises FloatingPointError on a nan or inf from an environment.
-    """
-    T, N, O, A = args.num_steps, args.num_envs, running["obs"].shape[1], math.prod(action_space.shape)
-    device = agent.obs_rms.shift.device
-    rows = {
-        "obs": torch.empty(T, N, O),
-        "actions": torch.empty(T, N, A),  # as drawn; only the environment sees them clipped
-        "rewards": torch.empty(T, N, dtype=torch.float64),
-        "next_obs": torch.empty(T, N, O),
-        "terminated": torch.empty(T, N, dtype=torch.bool),
-        "done": torch.empty(T, N, dtype=torch.bool),
-    }
-    views = {name: tensor.numpy() for name, tensor in rows.items()}
-    noise = draw_noise(agent, T, N).to(device)
-    episodes = []
-    policy = capture_act(agent, (N, O), rows["obs"].dtype) if args.compile else act
-    check_finite({"first observation": running["obs"]}, global_step)
-    for t, obs in enumerate(rows["obs"]):
-        views["obs"][t] = running["obs"]
-        actions = policy(agent, obs.to(device), noise[t]).cpu().numpy()
-        next_obs, rewards, terminated, truncated = envs.step(to_env(actions, action_space))
-        global_step += N
-        check_finite({"observation": next_obs, "reward": rewards}, global_step)
-        done = terminated | truncated
-        views["actions"][t], views["rewards"][t], views["next_obs"][t] = actions, rewards, next_obs
-        views["terminated"][t], views["done"][t] = terminated, done
-        running["obs"] = next_obs
-        running["episode_return"] += rewards
-        running["episode_length"] += 1
-        if done.any():
-            for i in np.flatnonzero(done):
-                episodes.append((global_step, float(running["episode_return"][i]), int(running["episode_length"][i])))
-            running["obs"][done] = envs.reset(np.flatnonzero(done))
-            check_finite({"first observation": running["obs"]}, global_step)
-            running["episode_return"][done] = running["episode_length"][done] = 0
-    return rows, episodes
-
-
-# ======================================================================================================
-# Advantages
-# ======================================================================================================
-
-
-def scale_rewards(rewards, done, running: dict, rms: RunningMeanStd, gamma) -> np.ndarray:
-    """Rewards [T, N] over the standard deviation of the discounted return, which starts again at `done`; one
-    scale for the whole rollout."""
-    discounted = np.empty_like(rewards)
-    carry = running["discounted_return"]
-    for t in range(len(rewards)):
-        discounted[t] = carry + rewards[t]
-        carry = gamma * discounted[t] * ~done[t]
-    running["discounted_return"] = carry
-    rms.update(torch.from_numpy(discounted))
-    return np.clip(rewards * rms.scale.item(), -10, 10)
-
-
-def gae(rewards, values, next_values, terminated, done, gamma, gae_lambda: float) -> np.ndarray:
+def gae(rewards, values, next_values, terminated, done, gamma: float, gae_lambda: float) -> np.ndarray:
     """Generalised advantage estimates, arrays [T, N] throughout (Schulman et al. 2016, arXiv:1506.02438).
 
     delta_t = r_t + gamma (1 - terminated_t) V(next_obs_t) - V(obs_t)
@@ -614,56 +457,57 @@ def gae(rewards, values, next_values, terminated, done, gamma, gae_lambda: float
 
 
 @torch.no_grad()
-def make_batch(rows: dict, agent: Agent, running: dict, reward_rms: RunningMeanStd, args: Args):
-    """Rows [T, N, ...] to the batch that the update reads, tensors [T * N, ...] on the agent's device. The old
-    policy and the values are computed here, once. Also returns the value's explained variance."""
-    device = agent.obs_rms.shift.device
-    obs = agent.normalize(rows["obs"].to(device))
-    actions = rows["actions"].to(device)
-    mean, log_std, values = agent(obs)
-    next_values = agent.value(agent.normalize(rows["next_obs"].to(device)))
-    rewards, done, terminated = rows["rewards"].numpy(), rows["done"].numpy(), rows["terminated"].numpy()
-    if args.norm_reward:
-        rewards = scale_rewards(rewards, done, running, reward_rms, args.gamma)
+def make_batch(rows: dict, agent: Agent, device: torch.device, args: Args) -> dict:
+    """Rows [T, N, ...] -> what the update reads, tensors [T * N, ...] on the device. The values and the old policy's
+    log-probabilities are computed here, once."""
+    obs, actions, next_obs = (rows[name].to(device) for name in ("obs", "actions", "next_obs"))
+    rewards, terminated, done = (rows[name].numpy() for name in ("rewards", "terminated", "done"))
+    if args.norm_reward:  # one scale for the whole rollout
+        agent.return_rms.update(rows["discounted"])
+        rewards = np.clip(rewards * agent.return_rms.scale.item(), -10, 10)
+    values, next_values = agent.value(obs), agent.value(next_obs)
     V, next_V = values.cpu().numpy(), next_values.cpu().numpy()
     advantages = gae(rewards.astype(np.float32), V, next_V, terminated, done, args.gamma, args.gae_lambda)
-    returns = advantages + V
-    explained_variance = 1 - np.var(returns - V) / max(np.var(returns), 1e-12)
+    advantages, pi_old = torch.from_numpy(advantages).to(device), agent.policy(obs)
     batch = {
         "obs": obs,
         "actions": actions,
-        "logprobs": gaussian_logprob(actions, mean, log_std),
-        "advantages": torch.from_numpy(advantages).to(device),
-        "returns": torch.from_numpy(returns).to(device),
-        "mean": mean,
-        "log_std": log_std.clone(),  # it can be a view of the parameter, which the update moves
+        "logprobs": pi_old.log_prob(actions),
+        "mean": pi_old.mean,
+        "log_std": pi_old.log_std.expand_as(pi_old.mean).clone(),  # else of the parameter, which the update moves
+        "advantages": advantages,
+        "returns": advantages + values,
+        "values": values,
     }
-    return {name: tensor.flatten(0, 1) for name, tensor in batch.items()}, float(explained_variance)
+    return {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
 
 
-# ======================================================================================================
-# Loss
-# ======================================================================================================
-
-METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl")
-MIN_BETA, MAX_BETA = 2.0**-30, 2.0**30
+# ===== Loss ===========================================================================================================
 
 
-def gaussian_logprob(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """log N(x; mean, diag exp(log_std)^2), summed over the last dimension."""
-    return (-0.5 * ((x - mean) * torch.exp(-log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+def loss(agent: Agent, batch: dict, args: Args):
+    """The objective above, negated, over a minibatch [M, ...]: a scalar, and {metric: scalar} for the log."""
+    pi, values = agent.policy(batch["obs"]), agent.value(batch["obs"])
+    logratio = pi.log_prob(batch["actions"]) - batch["logprobs"]
+    advantages = batch["advantages"]
+    if args.norm_adv and len(advantages) > 1:  # a single one, less its mean, would be 0
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
+    pg_loss = -(logratio.exp() * advantages).mean()
+    kl = Gaussian(batch["mean"], batch["log_std"]).kl(pi).mean()  # Eq. 8
 
-def gaussian_entropy(log_std: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats, summed over the last dimension."""
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+    v_error = (values - batch["returns"]) ** 2
+    v_loss = 0.5 * v_error.mean()
 
-
-def gaussian_kl(old_mean: torch.Tensor, old_log_std: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor):
-    """KL[old || new] of two diagonal Gaussians, in nats, summed over the last dimension."""
-    log_ratio = log_std - old_log_std
-    shift = (mean - old_mean) * torch.exp(-log_std)
-    return (log_ratio + 0.5 * (torch.exp(-2 * log_ratio) + shift**2 - 1)).sum(-1)
+    entropy = pi.entropy().mean()
+    metrics = {
+        "policy_loss": pg_loss,
+        "value_loss": v_loss,
+        "entropy": entropy,
+        # KL[pi_old || pi] by the estimator with low variance, http://joschu.net/blog/kl-approx.html
+        "approx_kl": (logratio.exp() - 1 - logratio).mean(),
+    }
+    return pg_loss + agent.kl_beta * kl - args.ent_coef * entropy + args.vf_coef * v_loss, metrics
 
 
 def adapt_beta(beta: float, kl: float, kl_target: float) -> float:
@@ -675,494 +519,371 @@ def adapt_beta(beta: float, kl: float, kl_target: float) -> float:
     return min(max(beta, MIN_BETA), MAX_BETA)
 
 
-def normalize_advantages(advantages: torch.Tensor) -> torch.Tensor:
-    """Mean 0, standard deviation 1; a single advantage stays as it is, since less its mean it would be 0."""
-    if advantages.numel() == 1:
-        return advantages
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-
-
-def loss(params: dict, agent: Agent, batch: dict, coefs: dict, args: Args):
-    """The objective above, negated, over a minibatch [M, ...]: a scalar, and METRICS as a vector without gradient."""
-    mean, log_std, values = torch.func.functional_call(agent, params, (batch["obs"],))
-    logratio = gaussian_logprob(batch["actions"], mean, log_std) - batch["logprobs"]
-    advantages = normalize_advantages(batch["advantages"]) if args.norm_adv else batch["advantages"]
-    pg_loss = -(logratio.exp() * advantages).mean()
-    kl = gaussian_kl(batch["mean"], batch["log_std"], mean, log_std).mean()
-    v_loss = 0.5 * ((values - batch["returns"]) ** 2).mean()
-    entropy = gaussian_entropy(log_std).mean()
-    # KL[pi_old || pi] by the estimator with low variance, http://joschu.net/blog/kl-approx.html
-    approx_kl = (logratio.exp() - 1 - logratio).mean()
-    total = pg_loss + coefs["kl_beta"] * kl - args.ent_coef * entropy + args.vf_coef * v_loss
-    return total, torch.stack([pg_loss, v_loss, entropy, approx_kl]).detach()
-
-
-# ======================================================================================================
-# Update
+# ===== Update =========================================================================================================
 #
-# The networks are so small that PyTorch's dispatch, not arithmetic, takes the time. So gradient, clipping
-# and Adam are one function of plain tensors that torch.compile turns into one graph; the parameters are a
-# single vector, theta, so that clipping and Adam are a few operations. --no-compile runs the same code.
-# ======================================================================================================
-
-
-def flatten(tensors: dict) -> torch.Tensor:
-    """{name: tensor} -> one vector, in the dict's order."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+# Dispatch, not arithmetic, takes the time of networks this small. So gradient, clipping and Adam are one function that
+# torch.compile turns into one graph; theta is the vector of all trainable parameters. --no-compile runs the same code.
 
 
 def unflatten(theta: torch.Tensor, agent: Agent) -> dict:
-    """The inverse of flatten, for the agent's trainable parameters."""
+    """{name: trainable parameter}, views of theta."""
     params = {name: p for name, p in agent.named_parameters() if p.requires_grad}
     parts = theta.split([p.numel() for p in params.values()])
     return {name: part.view(p.shape) for (name, p), part in zip(params.items(), parts)}
 
 
 def init_optimizer(agent: Agent) -> dict:
-    """theta, and Adam's moments and step count (float64: 1 - 0.999^t is small at first)."""
-    theta = flatten({name: p.detach() for name, p in agent.named_parameters() if p.requires_grad})
+    """theta, Adam's moments, and its step count (float64: 1 - 0.999^t is small at first)."""
+    theta = torch.cat([p.detach().flatten() for p in agent.parameters() if p.requires_grad])
     step = torch.zeros((), dtype=torch.float64, device=theta.device)
     return {"theta": theta, "exp_avg": torch.zeros_like(theta), "exp_avg_sq": torch.zeros_like(theta), "step": step}
 
 
-def clip_grad_norm(grad: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """As torch.nn.utils.clip_grad_norm_."""
-    return grad * (max_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
+def update_step(optimizer: dict, learning_rate, batch: dict, indices: torch.Tensor, agent: Agent, args: Args):
+    """A gradient step for each row of indices [K, M] into the batch: the new optimizer, metrics' names, their means."""
 
+    def loss_at(theta, minibatch):
+        return torch.func.functional_call(agent, unflatten(theta, agent), (loss, minibatch, args))
 
-def adam(optimizer: dict, grad: torch.Tensor, learning_rate, beta1=0.9, beta2=0.999, eps=1e-5) -> dict:
-    """One step of torch.optim.Adam (Kingma and Ba 2015); eps as in the 37 details."""
-    step = optimizer["step"] + 1
-    exp_avg = beta1 * optimizer["exp_avg"] + (1 - beta1) * grad
-    exp_avg_sq = beta2 * optimizer["exp_avg_sq"] + (1 - beta2) * grad**2
-    step_size = (learning_rate / (1 - beta1**step)).float()
-    denominator = exp_avg_sq.sqrt() / (1 - beta2**step).sqrt().float() + eps
-    theta = optimizer["theta"] - step_size * exp_avg / denominator
-    return {"theta": theta, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
-
-
-def update_step(optimizer: dict, batch: dict, indices: torch.Tensor, coefs: dict, agent: Agent, args: Args):
-    """One gradient step for each row of indices [K, M] into the batch. Returns the new optimizer and mean METRICS."""
-    metrics = []
+    all_metrics, beta1, beta2, eps = [], 0.9, 0.999, 1e-5  # eps as in the 37 details
     for rows in indices.unbind(0):
         minibatch = {name: tensor.index_select(0, rows) for name, tensor in batch.items()}
-        gradient = torch.func.grad_and_value(loss, has_aux=True)
-        grads, (_, values) = gradient(unflatten(optimizer["theta"], agent), agent, minibatch, coefs, args)
-        optimizer = adam(optimizer, clip_grad_norm(flatten(grads), args.max_grad_norm), coefs["learning_rate"])
-        metrics.append(values)
-    return optimizer, torch.stack(metrics).mean(0)
+        grad, metrics = torch.func.grad(loss_at, has_aux=True)(optimizer["theta"], minibatch)
+        all_metrics.append(torch.stack(list(metrics.values())))
+        grad = grad * (args.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        step = optimizer["step"] + 1  # Adam (Kingma and Ba 2015)
+        exp_avg = beta1 * optimizer["exp_avg"] + (1 - beta1) * grad
+        exp_avg_sq = beta2 * optimizer["exp_avg_sq"] + (1 - beta2) * grad**2
+        step_size = (learning_rate / (1 - beta1**step)).float()
+        denominator = exp_avg_sq.sqrt() / (1 - beta2**step).sqrt().float() + eps
+        theta = optimizer["theta"] - step_size * exp_avg / denominator
+        optimizer = {"theta": theta, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
+    return optimizer, list(metrics), torch.stack(all_metrics).mean(0)
 
 
-def minibatches_per_call(args: Args) -> int:
-    """Two steps a call halve what entering the graph costs; more would take longer to compile than they save."""
-    return 2 if args.num_minibatches % 2 == 0 else 1
-
-
-def compile_update(agent: Agent, optimizer: dict, coefs: dict, batch: dict, args: Args):
-    """update_step bound to agent and args, and compiled, by running it once on `batch`. Where that fails, for want of a
-    C++ compiler say, or gives another gradient, one line tells why and the plain function is returned."""
+def compile_update(agent: Agent, optimizer: dict, learning_rate, batch: dict, args: Args):
+    """update_step for this agent and these args, compiled by a first call. Where that fails, for want of a C++ compiler
+    say, or gives another gradient, a notice says why, and it stays uncompiled."""
     step = functools.partial(update_step, agent=agent, args=args)
     if not args.compile:
         return step
-    cuda = optimizer["theta"].is_cuda
-    if cuda:
+    if learning_rate.is_cuda:
         options = {"triton.cudagraphs": True}
     else:  # a C++ wrapper has the least overhead; without the header (4 s) and the probes (6 s) a cold start takes half
         options = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True}
-    options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # the agent does not change shape
+    options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe  # agent and args stay as they are
+    torch.compiler.reset()  # the graphs of earlier runs in this process would count against a limit
     graph = torch.compile(step, fullgraph=True, dynamic=False, options=options)
 
-    def compiled(optimizer, batch, indices, coefs):
-        if not cuda:
-            return graph(optimizer, batch, indices, coefs)
+    def cuda_graph(*inputs):
         torch.compiler.cudagraph_mark_step_begin()
-        optimizer, metrics = graph(optimizer, batch, indices, coefs)
-        optimizer = {name: tensor.clone() for name, tensor in optimizer.items()}  # the next replay overwrites it
-        return optimizer, metrics.clone()
+        new, names, values = graph(*inputs)
+        return {name: t.clone() for name, t in new.items()}, names, values.clone()  # the next call overwrites them
 
+    compiled = cuda_graph if learning_rate.is_cuda else graph
     logging.getLogger("torch._inductor.scheduler").disabled = True  # of a failure it logs pages; a line will do
     gc.disable()  # the compiler's many small objects cost the collector 2 s
     try:
-        indices = torch.arange(len(batch["obs"])).view(args.num_minibatches, -1)[: minibatches_per_call(args)]
-        indices = indices.to(optimizer["theta"].device)
-        (new, _), (plain, _) = (run(optimizer, batch, indices, coefs) for run in (compiled, step))
-        change = (plain["exp_avg"] - optimizer["exp_avg"]).norm()
-        error = ((new["exp_avg"] - plain["exp_avg"]).norm() / change.clamp(min=1e-6)).item()
+        indices = torch.arange(len(batch["obs"]), device=learning_rate.device).view(args.num_minibatches, -1)
+        inputs = optimizer, learning_rate, batch, indices[: math.gcd(args.num_minibatches, 2)]  # as in update
+        found, plain = compiled(*inputs)[0]["exp_avg"], step(*inputs)[0]["exp_avg"]
+        error = (found - plain).norm() / (plain - optimizer["exp_avg"]).norm().clamp(min=1e-6)
         if not error < 0.01:  # compilers have lost gradients without a word (github.com/pytorch/pytorch/issues/189895)
             raise ArithmeticError(f"the compiled gradient is {error:.0%} off")
+        return compiled
     except Exception as error:  # a mistake in the loss will show again, with its traceback, in the plain function
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
-        tqdm.write(f"notice: the update runs uncompiled, several times slower ({reason})", file=sys.stderr)
+        notice(f"the update runs uncompiled, several times slower ({reason})")
         return step
     finally:
-        gc.freeze()  # half a million objects stay; no later collection need look at them, 0.2 s each
+        gc.freeze()  # half a million objects that no later collection need look at
         gc.enable()
-    return compiled
 
 
-def update(step, optimizer: dict, batch: dict, coefs: dict, args: Args):
-    """The epochs of one iteration, each a new random cut of the batch into minibatches. Returns the new optimizer and
-    {metric: mean over all minibatches}."""
-    metrics = []
+def update(step, agent: Agent, optimizer: dict, learning_rate, batch: dict, args: Args) -> dict:
+    """The epochs of an iteration, each a new random cut of the batch into minibatches. Moves agent and optimizer;
+    returns {metric: mean over all minibatches}."""
+    optimizer["theta"], means = init_optimizer(agent)["theta"], []
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(batch["obs"])).view(args.num_minibatches, -1).to(optimizer["theta"].device)
-        for indices in order.split(minibatches_per_call(args)):
-            optimizer, values = step(optimizer, batch, indices, coefs)
-            metrics.append(values)
+        order = torch.randperm(len(batch["obs"])).view(args.num_minibatches, -1).to(learning_rate.device)
+        # two gradient steps a call halve what entering the graph costs; more take longer to compile than they save
+        calls = order.split(math.gcd(args.num_minibatches, 2))
+        for indices in calls:
+            new, names, values = step(optimizer, learning_rate, batch, indices)
+            optimizer.update(new)
+            means.append(values)
         if args.target_kl is not None:
-            epoch = torch.stack(metrics[-args.num_minibatches // minibatches_per_call(args) :]).mean(0)
-            if epoch[METRICS.index("approx_kl")] > args.target_kl:
+            epoch = dict(zip(names, torch.stack(means[-len(calls) :]).mean(0)))
+            if epoch["approx_kl"] > args.target_kl:
                 break
-    return optimizer, dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
+    with torch.no_grad():
+        for name, value in unflatten(optimizer["theta"], agent).items():
+            agent.get_parameter(name).copy_(value)
+    return dict(zip(names, torch.stack(means).mean(0).tolist()))
 
 
-@torch.no_grad()
-def write_parameters(theta: torch.Tensor, agent: Agent):
-    for name, value in unflatten(theta, agent).items():
-        agent.get_parameter(name).copy_(value)
-
-
-# ======================================================================================================
-# Checkpoint
+# ===== main ===========================================================================================================
 #
-# checkpoint.pt holds all that the rest of the run depends on, and how long each log was when it was
-# written. To resume is to load it and to cut the logs to those lengths, so that the run continues as if it
-# had not stopped: to the bit on the CPU, for environments whose state can be captured.
-# ======================================================================================================
+# checkpoint.pt holds all that the rest of a run depends on. To resume is to load it and to repeat the running episodes;
+# on the CPU the run then ends, to the bit, as if it had not stopped.
 
 
-def replace_file(path: Path, content: bytes):
-    """Write a file so that at any moment either the old or the new one is there, whole."""
+def replace_file(path: Path, content):
+    """Save an object in a .pt file, or a text in another: at any moment the old or the new file is there, whole."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def torch_bytes(value) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def torch_load(path: Path, flag: str, key: str) -> dict:
-    """A dict that torch.save wrote, on the CPU; no code in it is run. Exits with 2 if it is damaged or has no `key`."""
     try:
+        with open(temporary, "wb") as file:
+            if path.suffix == ".pt":
+                torch.save(content, file)
+            else:
+                file.write(content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(run_dir: Path, actor: Agent, optimizer: dict, envs: Envs, progress: dict):
+    """Write episodes.csv, checkpoint.pt, what --resume needs, and model.pt, what --eval needs."""
+    model, rng = actor.state_dict(), torch.get_rng_state()
+    checkpoint = {"agent": model, "optimizer": optimizer, "envs": envs.state_dict(), "rng": rng, "progress": progress}
+    replace_file(run_dir / "episodes.csv", progress["episodes"])
+    replace_file(run_dir / "checkpoint.pt", checkpoint)
+    replace_file(run_dir / "model.pt", model)
+
+
+def load(path: Path, agent: Agent, optimizer=None, envs=None, progress=None):
+    """Set the agent from a model.pt, or all of these from a checkpoint.pt. No code in the file is run; exits with 2
+    where it is damaged or does not fit."""
+    try:
+        if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not look at the checksums
+            raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved[key]
-        return saved
-    except FileNotFoundError:
-        fail(f"--{flag} {path.parent}: has no {path.name}")
+        agent.load_state_dict(saved if optimizer is None else saved["agent"])
+        if optimizer is not None:
+            for name, tensor in optimizer.items():
+                tensor.copy_(saved["optimizer"][name].view_as(tensor))
+            progress.update({name: saved["progress"][name] for name in progress})
+            envs.load_state_dict(saved["envs"])
+            torch.set_rng_state(saved["rng"])
     except Exception as error:
-        fail(f"--{flag} {path.parent}: {path} is corrupt, truncated or no checkpoint ({type(error).__name__})")
+        if hasattr(error, "__notes__"):  # an environment's own
+            raise
+        fail(f"{path}: missing, damaged, or not of such a run ({type(error).__name__}: {str(error)[:200]})")
 
 
-def saved_args(flag: str, folder: str) -> Args:
-    """The settings in a run's folder; exits with 2 if it is none."""
-    try:
-        saved = json.loads((Path(folder) / "config.json").read_text())["args"]
-        return Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--{flag} {folder}: not the folder of a {Path(__file__).stem} run, config.json cannot be read ({error})")
-
-
-def rng_state() -> dict:
-    name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    numpy_state = [name, torch.from_numpy(keys.astype(np.int64)), *rest]
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy_state, "python": random.getstate()}
-
-
-def load_rng_state(state: dict):
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    random.setstate(state["python"])
-
-
-def save_run(run_dir: Path, agent: Agent, optimizer, coefs, reward_rms, running, envs, progress: dict, logs: dict):
-    """Write model.pt, what --eval needs, and checkpoint.pt, what --resume needs."""
-    model = {name: tensor.cpu() for name, tensor in agent.state_dict().items()}
-    checkpoint = {
-        "agent": model,
-        "optimizer": {name: tensor.cpu() for name, tensor in optimizer.items()},
-        "coefs": {name: tensor.cpu() for name, tensor in coefs.items()},
-        "reward_rms": reward_rms.state_dict(),
-        "running": {name: torch.from_numpy(array) for name, array in running.items()},
-        "envs": envs.state(),
-        "rng": rng_state(),
-        "progress": progress,
-        "logs": logs,
-    }
-    replace_file(run_dir / "model.pt", torch_bytes(model))
-    replace_file(run_dir / "checkpoint.pt", torch_bytes(checkpoint))
-
-
-def create_run(args: Args, device: torch.device, *state) -> Path:
-    """A new run folder that holds config.json and a first checkpoint from the moment it appears."""
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.runs_dir) / name
-    while run_dir.exists():  # the same run started twice within a second
-        run_dir = run_dir.with_name(run_dir.name + "_")
-    commit = None
-    with contextlib.suppress(OSError):
-        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    packages = filter(importlib.util.find_spec, ["torch", "gymnasium", "mujoco", "numpy", "envpool"])
-    versions = {name: importlib.metadata.version(name) for name in packages}
+def create_run(args: Args) -> Path:
+    """The folder of a new run, with its config.json."""
+    git, here = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
     config = {
-        "args": dataclasses.asdict(args),
+        "args": asdict(args),
         "command": sys.argv,
-        "versions": {"python": platform.python_version(), **versions},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "git_commit": commit,
+        "python": sys.version.split()[0],
+        "versions": {package.name: package.version for package in importlib.metadata.distributions()},
+        "device": torch.cuda.get_device_name() if args.device != "cpu" and torch.cuda.is_available() else "cpu",
+        "git_commit": subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.strip(),
     }
-    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.runs_dir) / name
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            run_dir.mkdir()
+            break
+        except FileExistsError:  # of an equal run that started within the same second
+            run_dir = run_dir.with_name(run_dir.name + "_")
     try:
-        temporary.mkdir(parents=True)
-        replace_file(temporary / "config.json", json.dumps(config, indent=2).encode())
-        save_run(temporary, *state, logs={})
-        temporary.rename(run_dir)
-    except OSError as error:
-        fail(f"--runs-dir {args.runs_dir}: cannot be written: {error}")
+        if args.track:
+            start_tracking(args, run_dir)
+        replace_file(run_dir / "config.json", json.dumps(config, indent=2))
+    except Exception as error:  # of the disk, or of Weights & Biases
+        run_dir.rmdir()
+        fail(f"{run_dir}: {error}")
     return run_dir
 
 
-def open_logs(run_dir: Path, sizes: dict):
-    """episodes.csv and a TensorBoard writer, after cutting what earlier starts of the run logged to `sizes`."""
-    for name, size in sizes.items():
-        if not (run_dir / name).exists() or (run_dir / name).stat().st_size < size:
-            fail(f"--resume {run_dir}: {name} is missing, or shorter than it was at the checkpoint")
-    for path in [run_dir / "episodes.csv", *run_dir.glob("events.out.tfevents.*")]:
-        if path.name in sizes:
-            os.truncate(path, sizes[path.name])
-        else:
-            path.unlink(missing_ok=True)
-    episodes = open(run_dir / "episodes.csv", "a")
-    if episodes.tell() == 0:
-        episodes.write("global_step,return,length\n")
-    return episodes, SummaryWriter(str(run_dir))
-
-
-def log_sizes(run_dir: Path, episodes, writer: SummaryWriter) -> dict:
-    """{file name: bytes} of the logs, all of it handed to the system."""
-    episodes.flush()
-    os.fsync(episodes.fileno())
-    writer.flush()
-    paths = [run_dir / "episodes.csv", *run_dir.glob("events.out.tfevents.*")]
-    return {path.name: path.stat().st_size for path in paths}
-
-
-# ======================================================================================================
-# main
-# ======================================================================================================
-
-
-def choose_renderer(args: Args):
-    """Render one frame, in a process of its own since MuJoCo binds to one renderer for good; without a display set
-    MUJOCO_GL to egl or osmesa, whichever works. Exits with 2 where nothing does."""
-    names = [os.environ.get("MUJOCO_GL")] if {"MUJOCO_GL", "DISPLAY"} & os.environ.keys() else ["egl", "osmesa"]
-    frame = "import json, runpy, sys; script = runpy.run_path(sys.argv[1]); args = json.loads(sys.argv[2])"
-    frame += "; env = script['make_env'](script['Args'](**args), render_mode='rgb_array')"
-    frame += "; env.reset(); assert env.render().ndim == 3"
-    command = [sys.executable, "-c", frame, __file__, json.dumps(dataclasses.asdict(args))]
-    for name in names:
-        environ = os.environ | ({"MUJOCO_GL": name} if name else {})
-        tried = subprocess.run(command, env=environ, capture_output=True, text=True)
-        if tried.returncode == 0:
-            os.environ.update(environ)
-            return
-    how = f"MUJOCO_GL={' or '.join(names)}" if names[0] else "this display"
-    reason = (tried.stderr.strip().splitlines() or ["no frame"])[-1]
-    fail(f"--capture-video: {args.env_id} cannot be rendered with {how} ({reason}); Debian has libegl1 and libosmesa6")
-
-
-@contextlib.contextmanager
-def catch_signals():
-    """Within, Ctrl-C and SIGTERM only leave a note; yields the function that tells whether there is one."""
-    notes = []
-    before = {number: signal.signal(number, lambda *_: notes.append(_)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(notes)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def start_tracking(args: Args, run_dir: Path):
-    """Mirror the TensorBoard metrics to Weights & Biases; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE as usual."""
+    """Copy what TensorBoard gets to Weights & Biases. Its own files go to ./wandb: TensorBoard, which looks into every
+    folder of a run, would show them as more runs."""
     import wandb
 
-    settings = {"config": dataclasses.asdict(args), "dir": str(run_dir), "sync_tensorboard": True, "resume": "allow"}
-    wandb.init(id=run_dir.name, name=run_dir.name, **settings)
+    where = {"project": args.wandb_project, "entity": args.wandb_entity, "id": run_dir.name, "name": run_dir.name}
+    wandb.init(**where, config=asdict(args), sync_tensorboard=True, resume="allow")
 
 
-def evaluate(agent: Agent, args: Args, run_dir: Path, stop) -> dict:
-    """Undiscounted returns of greedy episodes, on gymnasium, all statistics frozen; the rate of success
-    too, where the info tells is_success."""
-    env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
-    if args.capture_video:
-        folder = str(run_dir / "videos" / str(int(time.time())))
-        env = gym.wrappers.RecordVideo(env, folder, episode_trigger=lambda _: True, disable_logger=True)
-    device, noise = agent.obs_rms.shift.device, torch.zeros_like(draw_noise(agent, 1))
-    policy = capture_act(agent, (1, *env.observation_space.shape), torch.float32) if args.compile else act
-    returns, successes = [], []
-    for episode in range(args.eval_episodes):
-        obs, done, total = env.reset(seed=args.seed + args.num_envs + episode)[0], False, 0.0
-        while not done and not stop():
-            obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-            action = policy(agent, obs[None], noise.to(device))[0].cpu().numpy()
-            obs, reward, terminated, truncated, info = env.step(to_env(action, env.action_space))
-            done, total = terminated or truncated, total + float(reward)
-        returns.append(total)
-        successes += [bool(info["is_success"])] if "is_success" in info else []
-    env.close()
-    if stop():
-        return {}
-    result = {"eval_returns": returns, **({"eval_success": float(np.mean(successes))} if successes else {})}
-    success = f", success {result['eval_success']:.1%}" if successes else ""
-    print(f"evaluation: {len(returns)} episodes, return {np.mean(returns):.2f} +- {np.std(returns):.2f}{success}")
-    print("  " + " ".join(f"{value:.2f}" for value in returns))
-    if args.capture_video:
-        print(f"  videos in {folder}")
-    return result
+def episode_means(finished: list) -> dict:
+    """{name: mean} of returns, lengths, and the numbers in the last infos."""
+    columns = {}
+    for _, episodic_return, length, info in finished:
+        for name, value in {**info, "episodic_return": episodic_return, "episodic_length": length}.items():
+            if isinstance(value, (bool, int, float, np.bool_, np.number)):
+                columns.setdefault(name, []).append(float(value))
+    return {name: float(np.mean(values)) for name, values in columns.items()}
 
 
-def main(args: Args):
-    check_args(args)
-    torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if args.resume and (Path(args.resume) / "result.json").exists():
-        print(f"{args.resume} is finished: there is nothing to resume")
+@torch.inference_mode()
+def evaluate(actor: Agent, args: Args, run_dir: Path) -> list:
+    """Greedy episodes, as in Envs.finished; the statistics stand still. Films, if any, go to the run's folder."""
+    video_dir = run_dir / "videos" / str(int(time.time())) if args.capture_video else None
+    envs = Envs(args, [-1], evaluation=True, video_dir=video_dir)
+    for number in tqdm(range(args.eval_episodes), "evaluation", leave=False, disable=None):  # None: on a terminal only
+        while len(envs.finished) == number:
+            envs.step(actor.policy(torch.from_numpy(envs.obs)).mode.numpy())
+    envs.envs[0].close()
+    if any(length == args.eval_max_steps for _, _, length, _ in envs.finished):
+        notice(f"the evaluation has cut episodes after --eval-max-steps {args.eval_max_steps}")
+    returns = [episodic_return for _, episodic_return, _, _ in envs.finished]
+    tqdm.write(f"evaluation: {len(returns)} episodes, return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
+    tqdm.write("  " + " ".join(f"{value:.2f}" for value in returns))
+    return envs.finished
+
+
+def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, progress: dict):
+    """PPO, from the run's last checkpoint to its end, and the evaluation."""
+    device, batch_size = optimizer["theta"].device, args.num_envs * args.num_steps
+    iterations, learning_rate = args.total_timesteps // batch_size, torch.tensor(args.learning_rate, device=device)
+    result_json = run_dir / "result.json"
+    if (run_dir / "checkpoint.pt").exists() or (run_dir / "model.pt").exists():  # else it stopped before the first one
+        load(run_dir / "checkpoint.pt", agent, optimizer, envs, progress)
+    if progress["iteration"] >= iterations and result_json.exists() and "eval_returns" in result_json.read_text():
+        print(f"{run_dir} is finished; with --total-timesteps N it goes on to N")
         return
-    env = make_env(args)
-    if args.capture_video:
-        choose_renderer(args)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    agent = Agent(env, args).to(device)
-    if args.eval:
-        agent.load_state_dict(torch_load(Path(args.eval) / "model.pt", "eval", "obs_rms.mean"))
-        with catch_signals() as stop_requested:
-            evaluate(agent, args, Path(args.eval), stop_requested)
-        if stop_requested():
-            raise SystemExit(130)
-        return
-    with catch_signals() as stop_requested:
-        run_dir, result = train(args, agent, env, device, stop_requested)
-        if not stop_requested():
-            result |= evaluate(agent, args, run_dir, stop_requested)
-        if stop_requested():
-            print(f"interrupted; continue with: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}")
-            raise SystemExit(130)
-    replace_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
+    config = json.loads((run_dir / "config.json").read_text())
+    if args.total_timesteps != config["args"]["total_timesteps"]:
+        notice(f"the run goes on to step {args.total_timesteps:,}; a learning rate that falls reaches 0 there")
+        config["args"]["total_timesteps"] = args.total_timesteps
+        replace_file(run_dir / "config.json", json.dumps(config, indent=2))
+    if args.track and args.resume is not None:
+        start_tracking(args, run_dir)
+
+    actor = agent if device.type == "cpu" else Agent(envs, args)  # for a few rows a GPU takes longer
+    actor.load_state_dict(agent.state_dict())
+    step, compile_seconds, saved_at = None, 0.0, time.monotonic()
+    size = f"{iterations * batch_size:,} steps, {iterations} x {args.num_envs} x {args.num_steps}"
+    print(f"{run_dir}: {size}, {device}", flush=True)
+    start = progress["iteration"]
+    bar_options = {"unit": " steps", "unit_scale": batch_size, "mininterval": 0.2 if sys.stderr.isatty() else 10}
+    bar = tqdm(range(start + 1, iterations + 1), total=iterations, initial=start, **bar_options)
+    writer = SummaryWriter(str(run_dir), purge_step=envs.global_step + 1)  # hides what a killed process logged after it
+    with bar, writer:
+        for summary in hparams({name: "" if value is None else value for name, value in asdict(args).items()}, {}):
+            writer.file_writer.add_summary(summary)
+
+        def log_evaluation() -> list:
+            finished = evaluate(actor, args, run_dir)
+            means = episode_means(finished)
+            for name, value in means.items():
+                writer.add_scalar(f"eval/{name}", value, envs.global_step)
+            if args.eval_every and means["episodic_return"] > progress["best_return"]:
+                progress["best_return"] = means["episodic_return"]
+                replace_file(run_dir / "best.pt", actor.state_dict())
+            return finished
+
+        for iteration in bar:
+            started = time.perf_counter()
+            if args.anneal_lr:
+                learning_rate.fill_(args.learning_rate * (1 - (iteration - 1) / iterations))
+            rows = rollout(envs, actor, args)
+            no_statistics = agent.obs_rms.count == 0
+            if no_statistics:  # else the first update would learn on inputs of another scale
+                agent.obs_rms.update(rows["obs"])
+            batch = make_batch(rows, agent, device, args)
+            if step is None:
+                bar.set_postfix_str("first update, to be compiled" if args.compile else "first update")
+                compile_started = time.perf_counter()
+                step = compile_update(agent, optimizer, learning_rate, batch, args)
+                compile_seconds = time.perf_counter() - compile_started
+                started += compile_seconds
+            agent.kl_beta.fill_(progress["kl_beta"])
+            metrics = update(step, agent, optimizer, learning_rate, batch, args)
+            with torch.no_grad():
+                kl = Gaussian(batch["mean"], batch["log_std"]).kl(agent.policy(batch["obs"])).mean().item()
+            metrics |= {"kl": kl, "kl_beta": progress["kl_beta"]}
+            if args.kl_mode == "adaptive":
+                progress["kl_beta"] = adapt_beta(progress["kl_beta"], kl, args.kl_target)
+            for name, value in {**metrics, "a parameter": optimizer["theta"].abs().max().item()}.items():
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"{name} is nan or inf at step {envs.global_step:,}")
+            if not no_statistics:
+                agent.obs_rms.update(rows["obs"])
+            actor.load_state_dict(agent.state_dict())
+            progress["iteration"] = iteration
+            progress["seconds"] += time.perf_counter() - started
+
+            explained_variance = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
+            scalars = {f"losses/{name}": value for name, value in metrics.items()}
+            scalars |= {f"charts/{name}": value for name, value in episode_means(envs.finished).items()}
+            scalars["losses/explained_variance"] = explained_variance.item()
+            scalars["charts/learning_rate"] = learning_rate.item()
+            scalars["charts/SPS"] = int(envs.global_step / progress["seconds"])
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, envs.global_step)
+            for global_step, episodic_return, length, _ in envs.finished:
+                progress["episodes"] += f"{global_step},{episodic_return!r},{length}\n"
+                bar.set_postfix_str(f"last return {episodic_return:.2f}", refresh=False)
+            envs.finished.clear()
+            if args.eval_every and iteration % args.eval_every == 0 and iteration < iterations:
+                log_evaluation()
+            if time.monotonic() - saved_at >= args.checkpoint_every or iteration == iterations:
+                writer.flush()
+                save(run_dir, actor, optimizer, envs, progress)
+                saved_at = time.monotonic()
+
+        result = {"iteration": progress["iteration"], "global_step": envs.global_step, "seconds": progress["seconds"]}
+        result |= {"sps": int(envs.global_step / progress["seconds"]), "compile_seconds": compile_seconds}
+        replace_file(result_json, json.dumps(result, indent=2))
+        finished = log_evaluation() if args.eval_episodes else []
+        result["eval_returns"] = [episode[1] for episode in finished]
+        if "is_success" in episode_means(finished):
+            result["eval_success"] = episode_means(finished)["is_success"]
+        replace_file(result_json, json.dumps(result, indent=2))
+    if args.track:
+        sys.modules["wandb"].finish()  # else another run in this process would be taken for this one
     print(f"wrote {run_dir}")
 
 
-def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_requested):
-    """Start or resume a run, until its end or until stop_requested(). Returns its folder and what came of it."""
-    checkpoint = torch_load(Path(args.resume) / "checkpoint.pt", "resume", "progress") if args.resume else None
-    progress = checkpoint["progress"] if checkpoint else {"iteration": 0, "global_step": 0, "seconds": 0.0}
-    seed = (args.seed + progress["global_step"]) % 2**31
-    envs = make_envs(args, seed)
-    running = start_episodes(envs, args.num_envs, seed)
-    optimizer, reward_rms = init_optimizer(agent), RunningMeanStd()
-    coefs = {"learning_rate": torch.tensor(args.learning_rate, device=device)}
-    coefs["kl_beta"] = torch.tensor(args.kl_beta, device=device)
-    if checkpoint:
-        run_dir = Path(args.resume)
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer = {name: tensor.to(device) for name, tensor in checkpoint["optimizer"].items()}
-        coefs = {name: tensor.to(device) for name, tensor in checkpoint["coefs"].items()}
-        reward_rms.load_state_dict(checkpoint["reward_rms"])
-        if checkpoint["envs"] is not None:
-            envs.load_state(checkpoint["envs"])
-            running = {name: tensor.numpy() for name, tensor in checkpoint["running"].items()}
-        else:
-            print("notice: the state of these environments cannot be captured; their running episodes start again")
-        load_rng_state(checkpoint["rng"])
-    else:
-        run_dir = create_run(args, device, agent, optimizer, coefs, reward_rms, running, envs, progress)
-    if args.track:
-        start_tracking(args, run_dir)
-    episodes_csv, writer = open_logs(run_dir, checkpoint["logs"] if checkpoint else {})
-
-    if progress["iteration"] == 0:
-        writer.add_text("args", "\n".join(f"    {name}: {value}" for name, value in dataclasses.asdict(args).items()))
-
-    batch_size = args.num_envs * args.num_steps
-    iterations = args.total_timesteps // batch_size
-    total = iterations * batch_size
-    shape = f"{iterations} x {args.num_envs} x {args.num_steps}"
-    print(f"{run_dir}: {total:,} steps, {shape}, {args.backend}, {device}", flush=True)
-    step_fn, last_return, compile_seconds, started = None, math.nan, 0.0, time.perf_counter()
-    seconds_before = progress["seconds"]
-    bar_format = "{percentage:3.0f}% |{bar:20}| {n:,}/{total:,} steps, {desc}, ETA {remaining}"
-    every = 0.2 if sys.stderr.isatty() else 10  # seconds
-    bar = tqdm(None, "first rollout", total, initial=progress["global_step"], bar_format=bar_format, mininterval=every)
+def main(args: Args):
+    check(args)
+    torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(args.seed)
+    envs = Envs(args, range(args.num_envs if args.eval is None else 1))
+    low, high = envs.action_space.low, envs.action_space.high
+    if not args.rescale_actions and not ((-10 <= low) & (low <= -0.1) & (0.1 <= high) & (high <= 10)).all():
+        notice(f"the policy starts around 0, actions lie in {envs.action_space}: see --rescale-actions")
+    agent = Agent(envs, args).to(device)
+    optimizer = init_optimizer(agent)
+    progress = {"iteration": 0, "seconds": 0.0, "episodes": "global_step,return,length\n", "best_return": -math.inf}
+    progress["kl_beta"] = args.kl_beta
+    model = args.eval if args.eval is not None else args.init_from
+    if model is not None:
+        model = Path(model) if model.endswith(".pt") else Path(model) / "model.pt"
+        load(model, agent)
+    run_dir = None
     try:
-        for iteration in range(progress["iteration"] + 1, iterations + 1):
-            if args.anneal_lr:
-                coefs["learning_rate"].fill_(args.learning_rate * (1 - (iteration - 1) / iterations))
-            rows, episodes = rollout(envs, agent, running, env.action_space, args, progress["global_step"])
-            if agent.norm_obs and iteration == 1:  # else the first update would learn on inputs of another scale
-                agent.obs_rms.update(rows["obs"])
-            batch, explained_variance = make_batch(rows, agent, running, reward_rms, args)
-            if step_fn is None:
-                bar.set_description_str("compiling the update" if args.compile else "first update")
-                compile_started = time.perf_counter()
-                step_fn = compile_update(agent, optimizer, coefs, batch, args)
-                compile_seconds = time.perf_counter() - compile_started
-            optimizer, metrics = update(step_fn, optimizer, batch, coefs, args)
-            global_step = progress["global_step"] + batch_size
-            write_parameters(optimizer["theta"], agent)
-            with torch.no_grad():
-                kl = gaussian_kl(batch["mean"], batch["log_std"], *agent.policy(batch["obs"])).mean().item()
-            metrics |= {"kl": kl, "kl_beta": coefs["kl_beta"].item()}
-            if args.kl_mode == "adaptive":
-                coefs["kl_beta"].fill_(adapt_beta(metrics["kl_beta"], kl, args.kl_target))
-            check_finite({**metrics, "parameter": optimizer["theta"].cpu().numpy()}, global_step)
-            if agent.norm_obs and iteration > 1:
-                agent.obs_rms.update(rows["obs"])
-
-            seconds = seconds_before + time.perf_counter() - started - compile_seconds
-            progress = {"iteration": iteration, "global_step": global_step, "seconds": seconds}
-            for step, episodic_return, length in episodes:
-                episodes_csv.write(f"{step},{episodic_return!r},{length}\n")
-                last_return = episodic_return
-            if episodes:  # their mean: an event for each can take a quarter of the time where episodes are short
-                writer.add_scalar("charts/episodic_return", np.mean([e[1] for e in episodes]), global_step)
-                writer.add_scalar("charts/episodic_length", np.mean([e[2] for e in episodes]), global_step)
-            sps = int(global_step / seconds)
-            writer.add_scalar("charts/learning_rate", coefs["learning_rate"].item(), global_step)
-            writer.add_scalar("charts/SPS", sps, global_step)
-            for name, value in {**metrics, "explained_variance": explained_variance}.items():
-                writer.add_scalar(f"losses/{name}", value, global_step)
-            last = "no episode yet" if math.isnan(last_return) else f"last return {last_return:.2f}"
-            bar.set_description_str(f"{sps:,} SPS, {last}", refresh=False)
-            bar.update(batch_size)
-            if iteration % args.checkpoint_every == 0 or iteration == iterations or stop_requested():
-                logs = log_sizes(run_dir, episodes_csv, writer)
-                save_run(run_dir, agent, optimizer, coefs, reward_rms, running, envs, progress, logs)
-            if stop_requested():
-                break
-        error = None
-    except FloatingPointError as raised:
-        error = f"{raised}; the last good checkpoint is {run_dir / 'checkpoint.pt'}"
-    finally:
-        bar.close()
-        episodes_csv.close()
-        writer.close()
-    if error:
-        fail(error, status=1)
-    sps = int(progress["global_step"] / progress["seconds"])
-    return run_dir, {**progress, "sps": sps, "compile_seconds": compile_seconds}
+        if args.eval is not None:
+            evaluate(agent.cpu(), args, model.parent)
+            return
+        run_dir = Path(args.resume) if args.resume is not None else create_run(args)
+        if any(path.is_symlink() for path in run_dir.iterdir()):
+            fail(f"{run_dir}: has a symbolic link in it, through which the run would write")
+        with FileLock(run_dir / "lock", timeout=0):  # which a process that dies does not leave behind
+            train(run_dir, args, agent, optimizer, envs, progress)
+    except Timeout:
+        fail(f"{run_dir}: another process trains this run")
+    except KeyboardInterrupt:
+        command = ["python", sys.argv[0], "--resume", str(run_dir), "--env-id", args.env_id]
+        print(f"interrupted; continue with: {shlex.join(command)}" if run_dir else "interrupted")
+        raise SystemExit(130) from None
+    except FloatingPointError as error:
+        fail(f"{error}; the last checkpoint in {run_dir} is good", status=1)
+    except OSError as error:
+        if hasattr(error, "__notes__"):  # an environment's own
+            raise
+        fail(str(error))
 
 
 if __name__ == "__main__":
-    main(parse_args(sys.argv[1:]))
+    main(parse_args())

@@ -17,8 +17,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "ppo_continuous.py"
-OTHERS = ("ppo_klpen.py", "ppo_multidiscrete_joint_loss.py", "vmpo.py", "hppo_hybrid.py")
-BANNER = "# " + "=" * 102 + "\n"
+OTHERS = ("ppo_klpen.py",)  # those with the base's anatomy
+BANNER = r"^# ===== (\w+) =+\n"
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Args:
 
 def sections(path: Path) -> dict[str, list[str]]:
     """{name: lines}, in the file's order; what stands above the first banner is the Header."""
-    head, *parts = re.split(f"^{BANNER}# (.+)\n", path.read_text(), flags=re.MULTILINE)
+    head, *parts = re.split(BANNER, path.read_text(), flags=re.MULTILINE)
     return {name: text.splitlines() for name, text in [("Header", head), *zip(parts[::2], parts[1::2])]}
 
 
@@ -45,7 +45,7 @@ def show(a: Path, b: Path, colour: bool):
     paint = {"-": "\033[31m", "+": "\033[32m", "@": "\033[36m", "#": "\033[1m"} if colour else {}
     old, new = sections(a), sections(b)
     total = 0
-    above = {name: sum(len(lines) + 2 for lines in list(old.values())[:k]) for k, name in enumerate(old)}
+    above = {name: sum(len(lines) + 1 for lines in list(old.values())[:k]) for k, name in enumerate(old)}
     for name in dict.fromkeys([*old, *new]):
         lines = old.get(name, []), new.get(name, [])
         count = changed(*lines)

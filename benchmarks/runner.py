@@ -4,11 +4,12 @@
     echo 'python ppo_klpen.py --env-id Hopper-v4 --seed 1' | python benchmarks/runner.py --name try --jobs 2
 
 Every command has a folder of its own, runs/NAME/{words of the command}__{hash}, a function of the command alone. It
-holds `log`, what the run printed, and the run's own folder. A run is finished when that has a result.json and was
-started by this very command, or when the committed results/NAME.csv has a row for it (--fresh runs it all the same).
-Finished runs are skipped, others resumed from their last checkpoint. A lock in each folder, which the training process
-inherits, keeps a second runner from running the same thing; it takes what is left, then waits for the first. Exit
-status: 0 when all are finished, 1 when one failed (the end of its log is shown), 2 for wrong input, 130 when stopped.
+holds `log`, what the run printed, and the run's own folder. A run is finished when that has a result.json with the
+evaluation in it and was started by this very command, or when the committed results/NAME.csv has a row for it (--fresh
+runs it all the same). Finished runs are skipped, others resumed from their last checkpoint. A lock in each folder,
+which the training process inherits, keeps a second runner from running the same thing; it takes what is left, then
+waits for the first. Exit status: 0 when all are finished, 1 when one failed (the end of its log is shown), 2 for wrong
+input, 130 when stopped.
 
 With --cluster the same commands become tasks of a Ray cluster, one each. Their folders are copied here whenever there
 is a new checkpoint, so a lost worker costs what it did since then. The nodes need this folder's requirements.txt.
@@ -115,12 +116,13 @@ class Run:
 
     def finished(self) -> bool:
         folder = self.folder()
-        return folder is not None and (folder / "result.json").exists()
+        result = folder / "result.json" if folder else None  # written at the training's end, and after the evaluation
+        return result is not None and result.exists() and "eval_returns" in result.read_text()
 
     def fraction(self) -> float:
         """How much is done: 1 for a finished run, for others by the last episode in the logs."""
         folder = self.folder()
-        if folder is None or (folder / "result.json").exists():
+        if folder is None or self.finished():
             return float(folder is not None)
         try:
             total = json.loads((folder / "config.json").read_text())["args"]["total_timesteps"]
@@ -132,7 +134,7 @@ class Run:
     def process_flags(self) -> list[str]:
         """The flags that start the run, or continue it."""
         folder = self.folder()
-        return ["--resume", str(folder)] if folder else [*self.flags, "--runs-dir", str(self.home)]
+        return resume_flags(self.flags, folder) if folder else [*self.flags, "--runs-dir", str(self.home)]
 
     def acquire(self) -> bool:
         """Lock the run for this process and those that inherit the lock; False where another has it."""
@@ -159,6 +161,12 @@ class Run:
     def log_end(self, lines: int = 5) -> str:
         text = (self.home / "log").read_text(errors="replace") if (self.home / "log").exists() else ""
         return "\n".join(f"    {line}" for line in re.split("[\r\n]+", text.strip())[-lines:])
+
+
+def resume_flags(flags: list[str], folder: Path) -> list[str]:
+    """A script imports the module of an environment's MODULE:ID only where the command line names it."""
+    modules = [flag.removeprefix("--env-id=") for flag in flags if re.fullmatch(r"(--env-id=)?[\w.]+:[\w./-]+", flag)]
+    return ["--resume", str(folder), *(["--env-id", modules[0]] if modules else [])]
 
 
 def read_commands(lines, parent: Path) -> list[Run]:
@@ -206,7 +214,7 @@ def take(waiting: list[Run], failed: list[Run]):
 
 
 def start(script: Path, flags: list[str], log, **kwargs) -> subprocess.Popen:
-    """A training process, which saves and stops when this process dies, however it dies."""
+    """A training process, which stops when this process dies, however it dies; its checkpoints stay."""
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
     def die_with_parent():
@@ -220,7 +228,7 @@ def start(script: Path, flags: list[str], log, **kwargs) -> subprocess.Popen:
 
 
 def run_here(runs: list[Run], args: Args, show) -> list[Run]:
-    """Run them `jobs` at a time; returns those that failed. On SystemExit the trainings save and stop first."""
+    """Run them `jobs` at a time; returns those that failed. On SystemExit the trainings stop first."""
     waiting, running, failed = list(runs), {}, []
     try:
         while waiting or running:
@@ -276,9 +284,10 @@ def run_on_worker(script_name: str, script: bytes, flags: list[str], files: dict
             return next((config.parent for config in home.glob("run/[!.]*/config.json")), None)
 
         def saved_at() -> int | None:
-            return (folder() / "checkpoint.pt").stat().st_mtime_ns if folder() else None
+            checkpoint = folder() / "checkpoint.pt" if folder() else None  # which follows config.json
+            return checkpoint.stat().st_mtime_ns if checkpoint and checkpoint.exists() else None
 
-        flags = ["--resume", str(folder())] if folder() else [*flags, "--runs-dir", str(home / "run")]
+        flags = resume_flags(flags, folder()) if folder() else [*flags, "--runs-dir", str(home / "run")]
         seen = saved_at()
         with open(home / "log", "wb") as output, open(home / "log", "rb") as log:
             process = start(home / script_name, flags, output)

@@ -9,7 +9,6 @@ With --scripts, how fast others of this repository train; with --versus, how lon
 import contextlib
 import dataclasses
 import importlib.metadata
-import importlib.util
 import io
 import json
 import os
@@ -23,7 +22,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -34,15 +32,12 @@ import ppo_continuous as ppo
 
 ROOT = Path(ppo.__file__).parent
 BATCH_SIZE = ppo.Args.num_envs * ppo.Args.num_steps
-BACKENDS = ("gymnasium", "envpool") if importlib.util.find_spec("envpool") else ("gymnasium",)
 
 
 @dataclass
 class Args:
     env_ids: tuple[str, ...] = ("HalfCheetah-v4", "Hopper-v4", "Humanoid-v4")
     """environments of the table"""
-    backends: tuple[Literal["gymnasium", "envpool"], ...] = BACKENDS
-    """backends of the table, by default those installed"""
     steps: int = 102_400
     """environment steps of each measurement, cut to whole batches"""
     repetitions: int = 3
@@ -51,7 +46,7 @@ class Args:
     """file for the single measurements"""
     scripts: tuple[str, ...] = ()
     """instead of the table, the full training of ppo_continuous.py and of these in turn, each with its own settings,
-    on the first of --env-ids, stepped by gymnasium"""
+    on the first of --env-ids"""
     versus: str | None = None
     """instead of the table, time this command and ppo_continuous.py in turn, on the command's --env-id or else the
     first of --env-ids; begin it with `env OMP_NUM_THREADS=1` for one torch thread, as ppo_continuous.py has"""
@@ -60,7 +55,7 @@ class Args:
     versus_steps: int | None = None
     """environment steps it takes, by default its --total-timesteps"""
     our_flags: str = ""
-    """with --versus, more flags for ppo_continuous.py: --our-flags='--backend envpool'"""
+    """with --versus, more flags for ppo_continuous.py: --our-flags='--num-envs 1 --num-steps 2048'"""
 
 
 def parse_args() -> Args:
@@ -74,11 +69,11 @@ def parse_args() -> Args:
             raise
         said = re.split("─{9,}", box.getvalue().partition("╮")[2])[0]
         ppo.fail(re.sub("[│╰╯]", " ", said) + " (--help lists the flags)")
-    if not (args.env_ids and args.backends):
-        ppo.fail("--env-ids and --backends: give at least one of each")
+    if not args.env_ids:
+        ppo.fail("--env-ids: give at least one")
     for name, least in {"steps": BATCH_SIZE, "repetitions": 1, "versus_steps": 1}.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
-            ppo.fail(f"{ppo.flag(name)} {getattr(args, name)}: must be at least {least}")
+            ppo.fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     args.steps -= args.steps % BATCH_SIZE
     if args.scripts and args.versus:
         ppo.fail("--scripts and --versus: give one of them")
@@ -87,9 +82,6 @@ def parse_args() -> Args:
             ppo.fail(f"--scripts {script}: there is no {ROOT / script}")
     for env_id in () if args.versus else args.env_ids:
         ppo.make_env(ppo.Args(env_id=env_id))
-        for backend in args.backends:
-            if backend == "envpool":
-                ppo.EnvPoolEnvs(env_id, 1, 0, 1)
     return args
 
 
@@ -139,22 +131,18 @@ def measure_training(env_id: str, steps: int, *flags, script: str = "ppo_continu
     return {**row, "full": result["sps"], "peak_mb": process["peak_mb"]}
 
 
-def measure(column: str, env_id: str, backend: str, threads: str, steps: str):
+def measure(column: str, env_id: str, steps: str):
     """Print the steps/s of the environments alone, or of the script's rollout(). Runs in a process of its own.
 
     Both see the same states: alone, the environments get N(0, 1) clipped to the bounds, which is what the untrained
     policy of the rollout draws but for a mean of 0.01 or so. Training starts from these states and moves on to others,
     where MuJoCo may have more or fewer contacts to solve; so full / environment only can in principle exceed 1.
     """
-    args = ppo.Args(env_id=env_id, backend=backend, env_threads=int(threads))
+    args = ppo.Args(env_id=env_id)
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
-    env = ppo.make_env(args)
-    space = env.action_space
-    envs = ppo.make_envs(args, args.seed)
-    running = ppo.start_episodes(envs, args.num_envs, args.seed)
-    agent = ppo.Agent(env, args)
-    agent.to("cuda" if torch.cuda.is_available() else "cpu")
+    envs = ppo.Envs(args, range(args.num_envs))
+    agent, space = ppo.Agent(envs, args), envs.action_space
     batches = 1 + int(steps) // BATCH_SIZE
     noise = np.random.default_rng(args.seed).standard_normal(
         (batches, args.num_steps, args.num_envs, *space.shape), dtype=np.float32
@@ -164,24 +152,24 @@ def measure(column: str, env_id: str, backend: str, threads: str, steps: str):
         if batch == 1:  # the first is not timed: threads start, memory is touched for the first time
             started = time.perf_counter()
         if column == "acting":
-            ppo.rollout(envs, agent, running, space, args, 0)
+            ppo.rollout(envs, agent, args)
             continue
         for action in actions[batch]:
-            _, _, terminated, truncated = envs.step(action)
-            done = terminated | truncated
-            if done.any():
-                envs.reset(np.flatnonzero(done))
+            for i, env in enumerate(envs.envs):
+                _, _, terminated, truncated, _ = env.step(action[i])
+                if terminated or truncated:
+                    env.reset()
     print((batches - 1) * BATCH_SIZE / (time.perf_counter() - started))
 
 
-def measure_row(env_id: str, backend: str, threads: int, steps: int) -> dict:
+def measure_row(env_id: str, steps: int) -> dict:
     """All columns of one row of the table, once."""
-    row = {"env_id": env_id, "backend": backend, "threads": threads}
+    row = {"env_id": env_id}
     with tempfile.TemporaryDirectory() as folder:
         for column in ("environment", "acting"):
-            child = [sys.executable, __file__, "measure", column, env_id, backend, threads, steps]
+            child = [sys.executable, __file__, "measure", column, env_id, steps]
             row[column] = float(run(child, f"{folder}/cache")["output"])
-    row |= measure_training(env_id, steps, "--backend", backend, "--env-threads", threads)
+    row |= measure_training(env_id, steps)
     return {**row, "ratio": row["full"] / row["environment"]}
 
 
@@ -192,25 +180,22 @@ def spread(values: list[float], digits: int = 0) -> str:
 
 def table(args: Args, measurements: list) -> list[str]:
     """Repetition by repetition rather than row by row, so that a drift of the machine hits all rows alike."""
-    threads = {"gymnasium": [1], "envpool": sorted({1, min(ppo.Args.num_envs, os.cpu_count())})}
-    rows = [(env_id, backend, n) for env_id in args.env_ids for backend in args.backends for n in threads[backend]]
     columns = {"environment": 0, "acting": 0, "full": 0, "ratio": 2, "cold_compile": 1, "warm_compile": 1, "peak_mb": 0}
     for repetition in range(args.repetitions):
-        for row in rows:
-            measurements.append(measure_row(*row, args.steps))
+        for env_id in args.env_ids:
+            measurements.append(measure_row(env_id, args.steps))
             numbers = ", ".join(f"{name} {measurements[-1][name]:,.{digits}f}" for name, digits in columns.items())
-            print(f"{repetition + 1}/{args.repetitions} {' '.join(map(str, row))}: {numbers}", file=sys.stderr)
+            print(f"{repetition + 1}/{args.repetitions} {env_id}: {numbers}", file=sys.stderr)
     lines = [
         f"Steps/s, N = {ppo.Args.num_envs}, {args.steps:,} steps each; median (min-max) of {args.repetitions}\n",
-        "| environment | backend | environment only | environment + acting | full training | full / environment only "
+        "| environment | environment only | environment + acting | full training | full / environment only "
         "| compile cold, s | compile warm, s | peak memory, MB |",
-        "|---" * (2 + len(columns)) + "|",
+        "|---" * (1 + len(columns)) + "|",
     ]
-    for row in rows:
-        same = [m for m in measurements if (m["env_id"], m["backend"], m["threads"]) == row]
+    for env_id in args.env_ids:
+        same = [m for m in measurements if m["env_id"] == env_id]
         cells = [spread([m[name] for m in same], digits) for name, digits in columns.items()]
-        backend = f"envpool, {row[2]} thread{'s' * (row[2] > 1)}" if row[1] == "envpool" else row[1]
-        lines.append(f"| {' | '.join([row[0], backend, *cells])} |")
+        lines.append(f"| {' | '.join([env_id, *cells])} |")
     return lines
 
 
@@ -280,7 +265,7 @@ def main(args: Args):
         machine["cpu"] = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
     if torch.cuda.is_available():
         machine["cpu"] += f" and {torch.cuda.get_device_name()}"
-    packages = ("torch", "mujoco", *BACKENDS)
+    packages = ("torch", "mujoco", "gymnasium")
     versions = {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
     try:
         file = open(args.json, "w") if args.json else None  # now, since a wrong path should show before an hour's work

@@ -5,17 +5,15 @@ import importlib
 import json
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import finish, load, only, run, start
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 
-ROOT = Path(__file__).parents[1]
 SIZES = "--num-envs 4 --num-steps 32 --num-minibatches 4 --eval-episodes 1".split()
 MICRORTS = "ppo_multidiscrete_joint_loss --env-id MicroRTS-8x8-basesWorkers --opponent passiveAI --max-steps 30"
 RUNS = [
@@ -35,8 +33,8 @@ def train(module, runs_dir: Path, *flags) -> tuple[dict, dict]:
     """A run in this process: the parameters it ends with, and its config.json."""
     torch.compiler.reset()  # else what other tests of this process compiled counts against the limit of one function
     module.main(module.parse_args([*SIZES, *flags, "--runs-dir", str(runs_dir)]))
-    (folder,) = runs_dir.iterdir()
-    return torch.load(folder / "model.pt", weights_only=True), json.loads((folder / "config.json").read_text())
+    folder = only(runs_dir)
+    return load(folder / "model.pt"), json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.parametrize("line", RUNS, ids=[line.replace(MICRORTS, "MicroRTS") for line in RUNS])
@@ -48,35 +46,32 @@ def test_cuda_graphs_learn_what_the_plain_update_learns_on_the_cpu(line, tmp_pat
     flags += ["--total-timesteps", str(2 * 4 * num_steps), "--update-epochs", "2"]
     args = module.parse_args([*SIZES, *flags])
     torch.manual_seed(args.seed)
-    start = dict(module.Agent(module.make_env(args), args).named_parameters())
+    first = dict(module.Agent(module.make_env(args), args).named_parameters())
     plain, _ = train(module, tmp_path / "cpu", *flags, "--device", "cpu", "--no-compile")
     graphs, config = train(module, tmp_path / "cuda", *flags, "--device", "cuda")
     assert "notice" not in capsys.readouterr().err  # of an update that runs uncompiled
     assert config["device"] == torch.cuda.get_device_name()
-    moved = sum((plain[name] - start[name]).square().sum() for name in start).sqrt()
-    apart = sum((plain[name] - graphs[name].cpu()).square().sum() for name in start).sqrt()
+    moved = sum((plain[name] - first[name]).square().sum() for name in first).sqrt()
+    apart = sum((plain[name] - graphs[name]).square().sum() for name in first).sqrt()
     assert 0 < moved and apart < 0.02 * moved
 
 
 def test_a_run_on_the_gpu_goes_on_there_and_is_evaluated_without_it(tmp_path):
-    def script(*flags):
-        return subprocess.run([sys.executable, ROOT / "ppo_continuous.py", *flags], capture_output=True, text=True)
-
-    command = [sys.executable, ROOT / "ppo_continuous.py", *SIZES, "--env-id", "Hopper-v4", "--runs-dir", tmp_path]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([*command, "--total-timesteps", "5120"], stdout=pipe, stderr=pipe, text=True)
-    while not list(tmp_path.glob("[!.]*/events.*")):
+    flags = [*SIZES, "--env-id", "Hopper-v4", "--total-timesteps", 5120, "--checkpoint-every", 0]
+    process = start(*flags, "--runs-dir", tmp_path)
+    while not list(tmp_path.glob("*/checkpoint.pt")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
-    assert process.returncode == 130, err
-    (folder,) = tmp_path.iterdir()
-    assert "cuda" in out and torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]["global_step"] < 5120
-    again = script(*shlex.split(out.splitlines()[-1].split("continue with: ")[1])[2:])
-    assert again.returncode == 0 and "cuda" in again.stdout, again.stderr
-    assert json.loads((folder / "result.json").read_text())["global_step"] == 5120
-    one, other = script("--eval", folder, "--device", "cpu"), script("--eval", folder, "--device", "cuda")
-    assert one.returncode == other.returncode == 0, one.stderr + other.stderr
-    mean = [float(run.stdout.split("return ")[1].split()[0]) for run in (one, other)]
+    status, out, err = finish(process)
+    assert status == 130, err
+    folder = only(tmp_path)
+    assert "cuda" in out and load(folder / "checkpoint.pt")["progress"]["iteration"] < 40
+    again = run(*shlex.split(out.splitlines()[-1].split("continue with: ")[1])[2:])
+    assert again[0] == 0 and "cuda" in again[1], again[2]
+    result = json.loads((folder / "result.json").read_text())
+    assert result["global_step"] == 5120 and len(result["eval_returns"]) == 1
+    one, other = (run("--eval", folder, "--device", device) for device in ("cpu", "cuda"))
+    assert one[0] == other[0] == 0, one[2] + other[2]
+    mean = [float(out.split("return ")[1].split()[0]) for _, out, _ in (one, other)]
     assert mean[0] == pytest.approx(mean[1], rel=0.1)

@@ -7,9 +7,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import FLAT, IMAGE, Toy, only
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, OneOf, Tuple
-from test_checkpoint import step_and_reset
-from test_cli import FLAT, IMAGE, Toy, only
 
 import hppo_hybrid as hppo
 from hppo_hybrid import Args, hybrid_space, main, make_env, make_envs, parse_args
@@ -488,6 +487,13 @@ def test_the_reward_scale_discounts_by_the_steps_that_were_held():
             seen.append(carry + reward)
             carry = np.where(done, 0, 0.9**steps * seen[-1])
     assert rms.var.item() == pytest.approx(np.var(seen), rel=1e-6)
+
+
+def step_and_reset(envs, actions: np.ndarray) -> list[np.ndarray]:
+    obs, rewards, terminated, truncated = envs.step(actions)
+    done = terminated | truncated
+    first = envs.reset(np.flatnonzero(done)) if done.any() else np.empty(0)
+    return [obs, rewards, terminated, truncated, first]
 
 
 def test_the_state_of_held_environments_continues_to_the_bit():

@@ -7,8 +7,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import spaces
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
-from test_equations import spaces
 from torch.distributions import Categorical, Normal
 
 import ppo_continuous
@@ -101,7 +101,10 @@ def test_one_sub_action_makes_all_losses_ppo_s(loss, reduction):
     y = torch.tensor(logratios[:, 0], requires_grad=True)
     for v in (torch.ones(B, 1), torch.tensor(valid)):
         value = ppo.policy_loss(x, v, A, ppo.Args(loss=loss, sub_action_reduction=reduction))[0]
-        expected = ppo_continuous.policy_loss(y * v[:, 0], A, 0.2, "ratio")
+        pi = SimpleNamespace(log_prob=lambda _, v=v: y * v[:, 0], entropy=lambda: torch.zeros(B))
+        base = SimpleNamespace(policy=lambda _, pi=pi: pi, value=lambda _: torch.zeros(B))
+        batch = {"obs": None, "actions": None, "advantages": A} | dict.fromkeys(("logprobs", "values", "returns"), 0)
+        expected = ppo_continuous.loss(base, batch, ppo_continuous.Args(norm_adv=False))[0]
         gradients = torch.autograd.grad(value, x)[0][:, 0], torch.autograd.grad(expected, y)[0]
         torch.testing.assert_close(*gradients)
         if v.all() or loss == "joint":
@@ -325,20 +328,21 @@ def test_joint_or_one_sub_action_on_a_box_is_ppo_continuous(loss, D):
     agent, args = agent_for(space, obs_dim=17, loss=loss)
     base_args = ppo_continuous.Args()
     base = ppo_continuous.Agent(spaces(17, D), base_args)
-    base.load_state_dict({name: tensor for name, tensor in agent.state_dict().items()})
+    assert dict(agent.named_parameters()).keys() == dict(base.named_parameters()).keys()
+    base.load_state_dict(dict(agent.named_parameters()), strict=False)
     obs, actions = torch.randn(64, 17), torch.randn(64, D)
-    mean, log_std, values = base(obs)
+    pi = base.policy(obs)
     shared = {"obs": obs, "actions": actions, "advantages": torch.randn(64), "returns": torch.randn(64)}
-    shared["values"] = values.detach() + 0.1 * torch.randn(64)
-    logprobs = ppo_continuous.gaussian_logprob(actions.unsqueeze(-1), mean.unsqueeze(-1), log_std.unsqueeze(-1))
-    old = logprobs.detach() + 0.05 * torch.randn(64, D)
+    shared["values"] = base.value(obs).detach() + 0.1 * torch.randn(64)
+    old = Normal(pi.mean, pi.log_std.exp()).log_prob(actions).detach() + 0.05 * torch.randn(64, D)
     coefs, indices = {"learning_rate": torch.tensor(3e-4)}, torch.arange(64).view(1, -1)
     ours, our_metrics = ppo.update_step(
         ppo.init_optimizer(agent), {**shared, "logprobs": old}, indices, coefs, agent, args
     )
-    theirs, metrics = ppo_continuous.update_step(
-        ppo_continuous.init_optimizer(base), {**shared, "logprobs": old.sum(-1)}, indices, coefs, base, base_args
-    )
+    optimizer, batch = ppo_continuous.init_optimizer(base), {**shared, "logprobs": old.sum(-1)}
+    learning_rate = coefs["learning_rate"]
+    theirs, names, metrics = ppo_continuous.update_step(optimizer, learning_rate, batch, indices, base, base_args)
+    assert list(ppo.METRICS[: len(names)]) == names
     torch.testing.assert_close(ours["theta"], theirs["theta"], rtol=0, atol=1e-6)
     torch.testing.assert_close(our_metrics[: len(metrics)], metrics, rtol=1e-4, atol=1e-6)
 

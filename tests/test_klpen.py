@@ -4,25 +4,18 @@ import copy
 import csv
 import functools
 import math
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_checkpoint import KILLER, assert_same_outcome, only, scalars
-from test_equations import spaces
+from conftest import KILLER, assert_same_outcome, finish, load, only, scalars, spaces, start
 from torch.distributions import Independent, Normal, kl_divergence
 
 import ppo_continuous
 import ppo_klpen as ppo
 
-torch.set_num_threads(1)  # as the script does; two lose time on networks this small
-
-SCRIPT = Path(__file__).parents[1] / "ppo_klpen.py"
 SIZES = "--num-envs 2 --num-steps 64 --num-minibatches 4 --update-epochs 2 --eval-episodes 1 --device cpu".split()
 HOPPER = [*SIZES, "--env-id", "Hopper-v4"]
 # A step so large for its target that KL falls short of it, meets it and exceeds it within 16 iterations.
@@ -48,6 +41,10 @@ def gaussians(dtype=torch.float64):
     return [torch.tensor(x, dtype=dtype) for x in (means[0], log_stds[0], means[1], log_stds[1])]
 
 
+def gaussian_kl(old_mean, old_log_std, mean, log_std):
+    return ppo.Gaussian(old_mean, old_log_std).kl(ppo.Gaussian(mean, log_std))
+
+
 def kl_and_gradients(kl, old_mean, old_log_std, mean, log_std):
     mean, log_std = mean.clone().requires_grad_(), log_std.clone().requires_grad_()
     values = kl(old_mean, old_log_std, mean, log_std)
@@ -56,9 +53,9 @@ def kl_and_gradients(kl, old_mean, old_log_std, mean, log_std):
 
 def test_gaussian_kl_and_its_gradient_are_the_formula_s():
     inputs = gaussians()
-    for found, wanted in zip(kl_and_gradients(ppo.gaussian_kl, *inputs), kl_by_hand(*inputs)):
+    for found, wanted in zip(kl_and_gradients(gaussian_kl, *inputs), kl_by_hand(*inputs)):
         np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(ppo.gaussian_kl(*gaussians(torch.float32)), kl_by_hand(*inputs)[0], rtol=1e-5)
+    np.testing.assert_allclose(gaussian_kl(*gaussians(torch.float32)), kl_by_hand(*inputs)[0], rtol=1e-5)
 
 
 def test_gaussian_kl_and_its_gradient_are_those_of_torch_distributions():
@@ -67,7 +64,7 @@ def test_gaussian_kl_and_its_gradient_are_those_of_torch_distributions():
         return kl_divergence(Independent(old, 1), Independent(new, 1))
 
     inputs = gaussians()
-    found, wanted = (kl_and_gradients(kl, *inputs) for kl in (ppo.gaussian_kl, reference))
+    found, wanted = (kl_and_gradients(kl, *inputs) for kl in (gaussian_kl, reference))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     swapped = reference(*inputs[2:], *inputs[:2])
     assert ((found[0] - swapped).abs() > 0.01).all()  # the other direction would not have passed
@@ -76,7 +73,7 @@ def test_gaussian_kl_and_its_gradient_are_those_of_torch_distributions():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gaussian_kl_from_a_policy_to_itself_is_exactly_0_and_so_is_its_gradient(dtype):
     mean, log_std = gaussians(dtype)[:2]
-    for found in kl_and_gradients(ppo.gaussian_kl, mean, log_std, mean, log_std):
+    for found in kl_and_gradients(gaussian_kl, mean, log_std, mean, log_std):
         assert (found == 0).all()
 
 
@@ -115,18 +112,15 @@ def test_the_rule_for_beta(beta, kl, kl_target, expected):
 @pytest.mark.parametrize("beta", [1.0, 0.3, 1e-6, 1e6])
 @pytest.mark.parametrize("kl, back, factor", [(0.0, 1e30, 2.0), (1e30, 0.0, 0.5)])
 def test_beta_stays_finite_and_above_0_for_ever_and_can_come_back(beta, kl, back, factor):
-    """In float32, as train() keeps it: 0 could never be doubled, nor inf be halved."""
-    held = torch.tensor(beta)
+    """In float32 too, as the loss takes it: 0 could never be doubled, nor inf be halved."""
     for _ in range(2000):
-        before = held.item()
-        held.fill_(ppo.adapt_beta(before, kl, 0.01))
-        assert 0 < held.item() < math.inf and held.isfinite()
-    assert held.item() == before  # it has met its bound
-    assert (held.item() < 1e-8) if kl == 0 else (held.item() > 1e8)
+        before, beta = beta, ppo.adapt_beta(beta, kl, 0.01)
+        assert 0 < torch.tensor(beta, dtype=torch.float32) < math.inf
+    assert beta == before  # it has met its bound
+    assert beta < 1e-8 if kl == 0 else beta > 1e8
     for _ in range(10):
-        before = held.item()
-        held.fill_(ppo.adapt_beta(before, back, 0.01))
-        assert held.item() == before * factor
+        before, beta = beta, ppo.adapt_beta(beta, back, 0.01)
+        assert beta == before * factor
 
 
 # --- Loss ---------------------------------------------------------------------------------------------------------
@@ -136,17 +130,19 @@ def agent_and_batch(M=64, **settings):
     """The batch's old policy is near the agent's, but does not go with its logprobs: a mixed-up term would show."""
     torch.manual_seed(4)
     args = ppo.Args(**settings)
-    agent = ppo.Agent(spaces(3, 2), args).double()
+    agent = ppo.Agent(spaces(3, 2), args)
+    agent.obs_rms.update(torch.randn(100, 3) * 2 + 1)
     batch = {
         "obs": torch.randn(M, 3),
         "actions": torch.randn(M, 2) * 1.5,
         "logprobs": torch.randn(M) * 0.3 - 3,
         "advantages": torch.randn(M),
         "returns": torch.randn(M),
+        "values": torch.randn(M),
         "mean": torch.randn(M, 2) * 0.5,
         "log_std": args.log_std_init + torch.randn(M, 2) * 0.3,
     }
-    return args, agent, {name: tensor.double() for name, tensor in batch.items()}
+    return args, agent, batch
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 10.0])
@@ -154,14 +150,18 @@ def agent_and_batch(M=64, **settings):
 @pytest.mark.parametrize(
     "settings", [{}, {"norm_adv": False}, {"ent_coef": 0.02, "vf_coef": 1.0, "log_std_init": -0.5}], ids=str
 )
-def test_whole_loss_its_gradient_and_metrics(settings, std_type, beta):
-    args, agent, batch = agent_and_batch(std_type=std_type, **settings)
-    params = ppo.unflatten(ppo.init_optimizer(agent)["theta"], agent)
-    coefs = {"kl_beta": torch.tensor(beta)}
-    grads, (total, metrics) = torch.func.grad_and_value(ppo.loss, has_aux=True)(params, agent, batch, coefs, args)
+def test_the_whole_loss_its_metrics_and_the_gradient_that_adam_gets(settings, std_type, beta):
+    args, agent, batch = agent_and_batch(std_type=std_type, max_grad_norm=1e9, kl_beta=7.0, **settings)
+    agent, batch = agent.double(), {name: tensor.double() for name, tensor in batch.items()}
+    agent.kl_beta.fill_(beta)  # what counts, and not what the run began with
+    total, metrics = ppo.loss(agent, batch, args)
+    optimizer, indices = ppo.init_optimizer(agent), torch.randperm(64).view(1, 64)
+    after, names, means = ppo.update_step(optimizer, torch.tensor(3e-4), batch, indices, agent, args)
+    grads = ppo.unflatten(after["exp_avg"] / 0.1, agent)  # the moment starts from 0
 
     # the same from the formulas and ordinary autograd
-    mean, log_std, V = agent(batch["obs"])
+    pi, V = agent.policy(batch["obs"]), agent.value(batch["obs"])
+    mean, log_std = pi.mean, pi.log_std
     sigma, old_sigma = log_std.exp(), batch["log_std"].exp()
     density = torch.exp(-((batch["actions"] - mean) ** 2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
     r = density.prod(1) / batch["logprobs"].exp()
@@ -172,7 +172,7 @@ def test_whole_loss_its_gradient_and_metrics(settings, std_type, beta):
     kl = (sigma / old_sigma).log() + (old_sigma**2 + (batch["mean"] - mean) ** 2) / (2 * sigma**2) - 0.5
     kl = kl.sum(1).mean()
     v_loss = ((V - batch["returns"]) ** 2).mean() / 2
-    entropy = (0.5 * (2 * math.pi * math.e * sigma**2).log()).sum(1).mean()
+    entropy = (0.5 * (2 * math.pi * math.e * sigma**2).log()).sum(-1).mean()
     expected = -(surrogate - beta * kl - args.vf_coef * v_loss + args.ent_coef * entropy)
     trainable = {name: p for name, p in agent.named_parameters() if p.requires_grad}
     assert grads.keys() == trainable.keys()
@@ -182,25 +182,28 @@ def test_whole_loss_its_gradient_and_metrics(settings, std_type, beta):
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
     for gradient, wanted in zip(grads.values(), reference):
         torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
-    wanted = torch.stack([-surrogate, v_loss, entropy, (r - 1 - r.log()).mean()]).detach()
-    torch.testing.assert_close(metrics, wanted, rtol=1e-6, atol=1e-12)
-    assert len(metrics) == len(ppo.METRICS)
+    wanted = {
+        "policy_loss": -surrogate,
+        "value_loss": v_loss,
+        "entropy": entropy,
+        "approx_kl": (r - 1 - r.log()).mean(),
+    }
+    wanted = {name: value.item() for name, value in wanted.items()}
+    for found in ({name: value.item() for name, value in metrics.items()}, dict(zip(names, means.tolist()))):
+        assert found == pytest.approx(wanted, rel=1e-6, abs=1e-9)
 
 
-def test_the_compiled_update_follows_beta():
+def test_the_compiled_update_follows_beta(capfd):
     """Beta moves in place after the graph is made, which must not have taken its value for a constant."""
-    args = ppo.Args(num_minibatches=4)
-    agent, generator = ppo.Agent(spaces(3, 2), args), torch.Generator().manual_seed(8)
-    batch = {name: tensor.float() for name, tensor in agent_and_batch()[2].items()}
-    optimizer = ppo.init_optimizer(agent)
-    coefs = {"learning_rate": torch.tensor(3e-4), "kl_beta": torch.tensor(1.0)}
+    args, agent, batch = agent_and_batch(num_minibatches=4)
+    optimizer, learning_rate = ppo.init_optimizer(agent), torch.tensor(3e-4)
     plain = functools.partial(ppo.update_step, agent=agent, args=args)
-    compiled = ppo.compile_update(agent, optimizer, coefs, batch, args)
-    assert not isinstance(compiled, functools.partial), "compiling has failed"
-    indices, moments = torch.randperm(64, generator=generator).view(4, 16)[:2], []
+    compiled = ppo.compile_update(agent, optimizer, learning_rate, batch, args)
+    assert "uncompiled" not in capfd.readouterr().err  # the notice of a compiler that failed
+    indices, moments = torch.randperm(64).view(4, 16)[:2], []
     for beta in (0.0, 1.0, 8.0):
-        coefs["kl_beta"].fill_(beta)
-        found, wanted = (step(optimizer, batch, indices, coefs)[0] for step in (compiled, plain))
+        agent.kl_beta.fill_(beta)
+        found, wanted = (step(optimizer, learning_rate, batch, indices)[0] for step in (compiled, plain))
         torch.testing.assert_close(found["exp_avg"], wanted["exp_avg"], rtol=1e-3, atol=1e-6)
         moments.append(wanted["exp_avg"])
     assert min((a - b).norm() / b.norm() for a, b in zip(moments, moments[1:])) > 0.1  # each beta has its own gradient
@@ -211,15 +214,13 @@ def test_the_compiled_update_follows_beta():
 
 def run(module, runs_dir, *flags) -> Path:
     """A run in this process, for speed; its folder."""
-    module.main(module.parse_args([*HOPPER, "--runs-dir", str(runs_dir), *flags]))
+    module.main(module.parse_args([*HOPPER, "--runs-dir", str(runs_dir), *map(str, flags)]))
     return only(runs_dir)
 
 
-def model(folder) -> dict:
-    return torch.load(folder / "model.pt", weights_only=True)
-
-
-def same(one: dict, other: dict) -> bool:
+def same(one: Path, other: Path) -> bool:
+    """Whether two runs end with the same model, to the bit."""
+    one, other = load(one / "model.pt"), load(other / "model.pt")
     assert one.keys() == other.keys()
     return all(torch.equal(one[name], other[name]) for name in one)
 
@@ -236,21 +237,21 @@ def test_without_penalty_a_run_is_that_of_ppo_continuous_without_clipping_to_the
     flags = ["--total-timesteps", "512", *flags.split()]
     free = run(ppo, tmp_path / "free", *flags, "--kl-mode", "fixed", "--kl-beta", "0")
     base = run(ppo_continuous, tmp_path / "base", *flags, "--clip-coef", "0")
-    assert same(model(free), model(base))
+    assert same(free, base)
     assert (free / "episodes.csv").read_bytes() == (base / "episodes.csv").read_bytes()
     assert "uncompiled" not in capfd.readouterr().err  # the notice of a compiler that failed
     if "--no-compile" in flags:  # the two would differ if anything did
         held = run(ppo, tmp_path / "held", *flags, "--kl-mode", "fixed", "--kl-beta", "1")
         clipped = run(ppo_continuous, tmp_path / "clipped", *flags)
-        assert not same(model(held), model(free)) and not same(model(clipped), model(free))
+        assert not same(held, free) and not same(clipped, free)
 
 
 def test_beta_is_logged_each_iteration_and_follows_the_rule_from_the_kl_logged_before(tmp_path, monkeypatch):
     used, update = [], ppo.update
 
-    def watched_update(step, optimizer, batch, coefs, args):
-        used.append(coefs["kl_beta"].item())
-        return update(step, optimizer, batch, coefs, args)
+    def watched_update(step, agent, *rest):
+        used.append(agent.kl_beta.item())
+        return update(step, agent, *rest)
 
     monkeypatch.setattr(ppo, "update", watched_update)
     folder = run(ppo, tmp_path, *RESTLESS, "--no-compile", "--kl-beta", "0.75")
@@ -263,8 +264,7 @@ def test_beta_is_logged_each_iteration_and_follows_the_rule_from_the_kl_logged_b
     assert set(factors[:-1]) == {0.5, 1.0, 2.0}, "the run shows only a part of the rule"
     assert list(beta.values()) == expected[:-1]  # to the bit: all are 0.75 times a power of 2
     assert used == expected[:-1]  # what is logged is what the iteration's update was given
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert checkpoint["coefs"]["kl_beta"].item() == expected[-1]
+    assert load(folder / "checkpoint.pt")["progress"]["kl_beta"] == expected[-1]
 
 
 def test_fixed_beta_never_moves(tmp_path):
@@ -278,27 +278,29 @@ def test_fixed_beta_never_moves(tmp_path):
 @pytest.mark.parametrize("std_type", ["independent", "state", "fixed"])
 def test_the_logged_kl_is_that_of_the_policies_before_and_after_over_the_whole_batch(std_type, tmp_path, monkeypatch):
     """Both policies are copied whole, so that nothing the script keeps of the old one can move along with the new."""
-    make_batch, write_parameters, kls, shift_parts = ppo.make_batch, ppo.write_parameters, [], []
+    make_batch, update, kls, shift_parts, kept = ppo.make_batch, ppo.update, [], [], []
 
     @torch.no_grad()
-    def policy(agent, rows):
-        """Mean and log sigma for every observation of the rollout, in float64 and scaled as the agent has it."""
-        return agent.policy(agent.normalize(rows["obs"].double().flatten(0, 1)))
+    def policy(agent, obs):
+        """Mean and log sigma for every observation of the rollout, in float64."""
+        pi = copy.deepcopy(agent).double().policy(obs.double())
+        return pi.mean, pi.log_std.expand_as(pi.mean)
 
     def watched_make_batch(rows, agent, *rest):
-        old = policy(copy.deepcopy(agent).double(), rows)
-
-        def watched_write_parameters(theta, agent):
-            write_parameters(theta, agent)
-            mean, log_std = policy(copy.deepcopy(agent).double(), rows)
-            assert len(mean) == 128
-            kls.append(kl_by_hand(*old, mean, log_std)[0].mean())
-            shift_parts.append(kl_by_hand(old[0], log_std, mean, log_std)[0].mean())  # as if sigma had stood still
-
-        monkeypatch.setattr(ppo, "write_parameters", watched_write_parameters)
+        obs = rows["obs"].flatten(0, 1)
+        kept[:] = obs, policy(agent, obs)
         return make_batch(rows, agent, *rest)
 
+    def watched_update(step, agent, *rest):
+        metrics, (obs, old) = update(step, agent, *rest), kept
+        mean, log_std = policy(agent, obs)
+        assert len(mean) == 128
+        kls.append(kl_by_hand(*old, mean, log_std)[0].mean())
+        shift_parts.append(kl_by_hand(old[0], log_std, mean, log_std)[0].mean())  # as if sigma had stood still
+        return metrics
+
     monkeypatch.setattr(ppo, "make_batch", watched_make_batch)
+    monkeypatch.setattr(ppo, "update", watched_update)
     folder = run(ppo, tmp_path, *RESTLESS, "--no-compile", "--std-type", std_type)
     found, kls, shift_parts = np.array(list(logged(folder, "kl").values())), np.array(kls), np.array(shift_parts)
     assert len(found) == 16
@@ -307,35 +309,42 @@ def test_the_logged_kl_is_that_of_the_policies_before_and_after_over_the_whole_b
         assert (np.abs(shift_parts - kls) > 0.01 * kls).sum() > 8
 
 
+@pytest.mark.parametrize("kl_mode", ["adaptive", "fixed"])
+def test_a_run_from_another_s_model_begins_with_the_beta_it_is_given(kl_mode, tmp_path):
+    first = run(ppo, tmp_path / "first", "--total-timesteps", 512, "--no-compile", "--kl-beta", 0.5)
+    flags = ["--total-timesteps", 256, "--no-compile", "--kl-mode", kl_mode, "--init-from", first]
+    given = run(ppo, tmp_path / "given", *flags, "--kl-beta", 3)
+    default = run(ppo, tmp_path / "default", *flags)
+    assert logged(given, "kl_beta")[128] == 3 and logged(default, "kl_beta")[128] == 1
+
+
 # --- Resume -------------------------------------------------------------------------------------------------------
 
 
-def script(*flags, **env) -> subprocess.CompletedProcess:
-    """The script in a process of its own."""
-    command = [sys.executable, SCRIPT, *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=300)
+def script(*flags, **env) -> tuple[int, str, str]:
+    """The script in a process of its own: its exit status, and what it printed."""
+    return finish(start(*flags, script="ppo_klpen.py", **env))
 
 
 def test_a_run_killed_between_two_checkpoints_resumes_with_its_beta(tmp_path):
     (tmp_path / "killer").mkdir()
     (tmp_path / "killer" / "sitecustomize.py").write_text(KILLER)
-    flags = [*HOPPER, *RESTLESS, "--no-compile", "--checkpoint-every", 3, "--kl-target", "1e-4"]
-    whole = script(*flags, "--runs-dir", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    # Call 1 is the checkpoint at the start, 2 that of iteration 3; the run dies with iterations 4 to 6 in its logs.
-    env = {"KILL_BEFORE": "replace checkpoint.pt 3", "PYTHONPATH": str(tmp_path / "killer")}
-    killed = script(*flags, "--runs-dir", tmp_path / "killed", **env)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    flags = [*HOPPER, *RESTLESS, "--no-compile", "--checkpoint-every", 0, "--kl-target", "1e-4"]
+    status, _, err = script(*flags, "--runs-dir", tmp_path / "whole")
+    assert status == 0, err
+    # The run dies with iteration 4 in its logs, and 3 in its checkpoint.
+    env = {"KILL_BEFORE": "replace checkpoint.pt 4", "PYTHONPATH": str(tmp_path / "killer")}
+    status, _, err = script(*flags, "--runs-dir", tmp_path / "killed", **env)
+    assert status == -signal.SIGKILL, err
     folder, expected = only(tmp_path / "killed"), only(tmp_path / "whole")
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert checkpoint["progress"]["iteration"] == 3 and len(logged(folder, "kl_beta")) == 6
-    beta = checkpoint["coefs"]["kl_beta"].item()
-    assert beta != ppo.Args.kl_beta  # beta has moved; a resumed run that started it anew would go another way
+    progress = load(folder / "checkpoint.pt")["progress"]
+    assert progress["iteration"] == 3 and len(logged(folder, "kl_beta")) == 4
+    assert progress["kl_beta"] != ppo.Args.kl_beta  # a resumed run that started it anew would go another way
 
-    resumed = script("--resume", folder)
-    assert resumed.returncode == 0, resumed.stderr
+    status, _, err = script("--resume", folder)
+    assert status == 0, err
     betas = list(logged(folder, "kl_beta").values())
-    assert betas[3] == beta and betas == list(logged(expected, "kl_beta").values())
+    assert betas[3] == progress["kl_beta"] and betas == list(logged(expected, "kl_beta").values())
     assert len(betas) == 16 and len(set(betas)) >= 4
     assert_same_outcome(folder, expected)
 
@@ -356,12 +365,9 @@ def test_a_run_killed_between_two_checkpoints_resumes_with_its_beta(tmp_path):
         ("--kl-target 0", "--kl-target"),
         ("--kl-target -0.01", "--kl-target"),
         ("--kl-target nan", "--kl-target"),
-        ("--kl-mode clip", "--kl-mode"),
-        ("--clip-coef 0.2", "--clip-coef"),  # ppo_continuous.py has it
-        ("--no-clip-vloss", "--no-clip-vloss"),
     ],
 )
-def test_a_wrong_flag_is_one_line_that_names_it(flags, named, tmp_path, capfd):
+def test_a_value_out_of_range_is_one_line_that_names_it(flags, named, tmp_path, capfd):
     with pytest.raises(SystemExit) as exit:
         ppo.main(ppo.parse_args([*HOPPER, "--runs-dir", str(tmp_path / "runs"), *flags.split()]))
     (line,) = capfd.readouterr().err.splitlines()
@@ -370,15 +376,27 @@ def test_a_wrong_flag_is_one_line_that_names_it(flags, named, tmp_path, capfd):
     assert not (tmp_path / "runs").exists()
 
 
-def test_help_names_the_flags_of_the_penalty_and_none_of_the_clipping(capfd, monkeypatch):
-    monkeypatch.setattr("signal.signal", lambda *_: None)  # this process goes on
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ("--kl-mode clip", "--kl-mode"),
+        ("--clip-coef 0.2", "--clip-coef"),  # ppo_continuous.py has it
+        ("--no-clip-vloss", "--no-clip-vloss"),
+    ],
+)
+def test_an_unknown_flag_or_choice_is_named(flags, named, capfd):
+    with pytest.raises(SystemExit) as exit:
+        ppo.parse_args(flags.split())
+    assert exit.value.code == 2 and named in capfd.readouterr().err
+
+
+def test_help_has_the_flags_of_the_penalty_and_none_of_the_clipping(capfd):
     with pytest.raises(SystemExit) as exit:
         ppo.parse_args(["--help"])
     out, err = capfd.readouterr()
     assert (exit.value.code, err) == (0, "")
-    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  --")}
-    assert "{adaptive,fixed}" in lines["--kl-mode"] and lines["--kl-mode"].endswith("[adaptive]")
-    assert lines["--kl-beta"].endswith("[1.0]") and lines["--kl-target"].endswith("[0.01]")
+    for flag, default in (("--kl-mode {adaptive,fixed}", "adaptive"), ("--kl-beta", "1.0"), ("--kl-target", "0.01")):
+        assert f"(default: {default})" in " ".join(out.split(flag)[1].replace("│", " ").split())[:200]
     assert "clip-coef" not in out and "clip-vloss" not in out
 
 
@@ -387,9 +405,9 @@ def test_help_names_the_flags_of_the_penalty_and_none_of_the_clipping(capfd, mon
 
 def test_inverted_pendulum_is_solved_within_100k_steps(tmp_path):
     """A random policy keeps the pole up for some 6 steps, 1000 is the most there is."""
-    argv = "--env-id InvertedPendulum-v4 --total-timesteps 100000 --seed 1 --device cpu".split()
-    result = script(*argv, "--runs-dir", tmp_path)
-    assert result.returncode == 0, result.stderr
+    flags = "--env-id InvertedPendulum-v4 --total-timesteps 100000 --seed 1 --device cpu".split()
+    status, _, err = script(*flags, "--runs-dir", tmp_path)
+    assert status == 0, err
     returns = [float(row["return"]) for row in csv.DictReader(open(only(tmp_path) / "episodes.csv"))]
     assert sum(returns[:100]) / 100 < 100
     assert sum(returns[-50:]) / 50 >= 900

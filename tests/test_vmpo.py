@@ -14,9 +14,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import KILLER, assert_same_outcome, only
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_checkpoint import KILLER, assert_same_outcome, only
 from torch.distributions import Categorical, Normal, kl_divergence
 
 import vmpo
