@@ -33,6 +33,7 @@ import functools
 import gc
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -42,6 +43,7 @@ import random
 import shlex
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -126,7 +128,7 @@ def notice(message: str):
 def parse_args(argv: list[str] | None = None) -> Args:
     """Args from a command line; with --resume and --eval the defaults are the run's own settings."""
     args = tyro.cli(Args, args=argv)
-    path = args.resume if args.resume is not None else args.eval
+    flag, path = ("--resume", args.resume) if args.resume is not None else ("--eval", args.eval)
     if path is None:
         return args
     config = (Path(path).parent if path.endswith(".pt") else Path(path)) / "config.json"
@@ -136,7 +138,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             typeguard.check_type(saved[name], kind)
         default = Args(**saved)
     except (OSError, ValueError, LookupError, TypeError, typeguard.TypeCheckError) as error:
-        fail(f"{config}: not that of a {Path(__file__).stem} run ({type(error).__name__}: {error})")
+        fail(f"{flag} {path}: {config} is not that of a {Path(__file__).stem} run ({type(error).__name__}: {error})")
     if ":" in default.env_id and args.env_id != default.env_id:  # somebody else's folder imports nothing by itself
         fail(f"{path} needs the module in {default.env_id}: if you trust it, repeat --env-id {default.env_id}")
     args = tyro.cli(Args, args=argv, default=default)
@@ -184,15 +186,16 @@ def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None
     about, Box = f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}'", gym.spaces.Box
     try:
         kwargs = {**json.loads(args.env_kwargs), **({"render_mode": "rgb_array"} if video_dir else {})}
-        warnings.filterwarnings("ignore", message=".*is out of date")  # the v4 ids are meant
-        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is out of date")  # the v4 ids are meant
+            env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
         space = env.observation_space
         if not isinstance(space, Box) or len(space.shape) in (0, 2):
             env = gym.wrappers.FlattenObservation(env)  # of a Discrete, a Dict or a Tuple too
     except Exception as error:  # whatever a third party's constructor raises is about this id and these kwargs
         fail(f"{about}: {type(error).__name__}: {error}")
     if not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
-        fail(f"{about}: observations are {space}; images, Boxes of three dimensions, are not supported yet")
+        fail(f"{about}: observations are {space}; images, Boxes of three or more dimensions, are not supported yet")
     if not isinstance(env.action_space, Box):
         fail(f"{about}: actions are {env.action_space}, not a Box; the README names the script for this space")
     if args.rescale_actions and not env.action_space.is_bounded():
@@ -208,7 +211,7 @@ def to_env(actions: np.ndarray, space: gym.spaces.Box, rescale: bool) -> np.ndar
     """Actions [N, A] as drawn -> [N, *space.shape] as the environment takes them: within its bounds, of its dtype."""
     actions = actions.reshape(len(actions), *space.shape)
     if rescale:
-        actions = space.low + (actions + 1) / 2 * (space.high - space.low)
+        actions = space.low + (actions + 1) / 2 * (space.high.astype(np.float64) - space.low)
     if space.dtype.kind in "iu":
         actions = np.rint(actions)
     return actions.clip(space.low, space.high).astype(space.dtype, copy=False)
@@ -235,6 +238,11 @@ class Envs:
         for i in range(N):
             self.reset(i)
 
+    def checked(self, obs):
+        if np.shape(obs) != self.observation_space.shape:  # some of these an assignment would broadcast
+            raise ValueError(f"observation of shape {np.shape(obs)}, the space has {self.observation_space.shape}")
+        return obs
+
     def add_note(self, error: Exception, i: int):
         error.add_note(f"{self.args.env_id}, environment {self.indices[i]}, after {self.global_step:,} steps in all")
 
@@ -245,24 +253,24 @@ class Envs:
         seed = np.random.SeedSequence([self.args.seed, self.indices[i] + 1, self.episode[i]]).generate_state(1)[0]
         try:
             obs, _ = self.envs[i].reset(seed=int(seed))
-            self.obs[i] = np.reshape(obs, self.obs[i].shape)  # an assignment alone may broadcast
+            self.obs[i] = self.checked(obs)
         except Exception as error:
             self.add_note(error, i)
             raise
 
     def step(self, actions: np.ndarray) -> dict:
         """Actions [N, A] as drawn -> what came of them, arrays [N, ...]; where an episode ends, the next one begins."""
-        next_obs, rewards, last_infos, shape = np.empty_like(self.obs), [], {}, self.obs.shape[1:]
+        actions = to_env(actions, self.action_space, self.args.rescale_actions)
+        next_obs, rewards, last_infos = np.empty_like(self.obs), np.empty(len(actions)), {}
         terminated, done = np.zeros((2, len(actions)), dtype=bool)
         try:
-            for i, action in enumerate(to_env(actions, self.action_space, self.args.rescale_actions)):
-                obs, reward, ends, is_cut, info = self.envs[i].step(action)
-                next_obs[i] = np.reshape(obs, shape)
-                rewards.append(reward)
-                self.actions[i].append(action)
+            for i, env in enumerate(self.envs):
+                obs, reward, ends, is_cut, info = env.step(actions[i, ...])
+                next_obs[i] = self.checked(obs)
+                rewards[i] = np.asarray(reward).item()  # it may be an array of one element
+                self.actions[i].append(actions[i, ...])
                 if ends or is_cut:
                     terminated[i], done[i], last_infos[i] = ends, True, info
-            rewards = np.array(rewards, dtype=np.float64).reshape(len(actions))  # each may be an array of one element
         except Exception as error:
             self.add_note(error, i)
             raise
@@ -295,10 +303,10 @@ class Envs:
             before, self.episode[i] = generators(), state["episode"][i] - 1
             self.reset(i)
             try:
-                for action in actions.numpy():
-                    self.obs[i], reward, *_ = self.envs[i].step(action)
+                for t in range(len(actions)):
+                    self.actions[i].append(actions[t, ...].numpy())
+                    self.obs[i], reward, *_ = self.envs[i].step(self.actions[i][t])
                     self.returns[i] += np.asarray(reward).item()
-                    self.actions[i].append(action)
             except Exception:  # an episode that went another way may raise, and is not the same
                 self.returns[i] = np.nan
             self.discounted[i] = state["discounted"][i]
@@ -413,15 +421,16 @@ def rollout(envs: Envs, actor: Agent, args: Args) -> dict:
     first_step, steps, rows = envs.global_step + args.num_envs, [], {}
     try:
         for noise in actor.noise(args.num_steps, args.num_envs):
-            obs = envs.obs
-            actions = actor.policy(torch.from_numpy(obs)).sample(noise).numpy()
-            steps.append({"obs": obs, "actions": actions, **envs.step(actions)})
-    finally:  # an environment that raises may do so for a nan that it gave before
-        if steps:
-            rows = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
-        if not all(np.isfinite(array).all() for array in rows.values()):
-            t, name = next((t, n) for t, step in enumerate(steps) for n in step if not np.isfinite(step[n]).all())
-            raise FloatingPointError(f"{name} is nan or inf at step {first_step + t * args.num_envs:,}")
+            actions = actor.policy(torch.from_numpy(envs.obs)).sample(noise).numpy()
+            steps.append({"obs": envs.obs, "actions": actions})
+            steps[-1] |= envs.step(actions)
+        rows = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
+    finally:  # also where the environment raises, which it may do for a nan that it gave before
+        if not rows or not all(np.isfinite(array).all() for array in rows.values()):
+            for t, step in enumerate(steps):
+                for name in step:
+                    if not np.isfinite(step[name]).all():
+                        raise FloatingPointError(f"{name} is nan or inf at step {first_step + t * args.num_envs:,}")
     return {name: torch.from_numpy(array) for name, array in rows.items()}
 
 
@@ -573,10 +582,10 @@ def compile_update(agent: Agent, optimizer: dict, learning_rate, batch: dict, ar
     try:
         indices = torch.arange(len(batch["obs"]), device=learning_rate.device).view(args.num_minibatches, -1)
         inputs = optimizer, learning_rate, batch, indices[: math.gcd(args.num_minibatches, 2)]  # as in update
-        found, plain = compiled(*inputs)[0]["exp_avg"], step(*inputs)[0]["exp_avg"]
-        error = (found - plain).norm() / (plain - optimizer["exp_avg"]).norm().clamp(min=1e-6)
+        found, plain = compiled(*inputs)[0]["theta"], step(*inputs)[0]["theta"]
+        error = (found - plain).norm() / (plain - optimizer["theta"]).norm().clamp(min=1e-9)
         if not error < 0.01:  # compilers have lost gradients without a word (github.com/pytorch/pytorch/issues/189895)
-            raise ArithmeticError(f"the compiled gradient is {error:.0%} off")
+            raise ArithmeticError(f"the compiled step is {error:.0%} off")
         return compiled
     except Exception as error:  # a mistake in the loss will show again, with its traceback, in the plain function
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
@@ -617,13 +626,15 @@ def update(step, agent: Agent, optimizer: dict, learning_rate, batch: dict, args
 
 def replace_file(path: Path, content):
     """Save an object in a .pt file, or a text in another: at any moment the old or the new file is there, whole."""
+    buffer = io.BytesIO()
+    if path.suffix == ".pt":
+        torch.save(content, buffer)  # to the file itself, it would make a RuntimeError of a full disk
+    else:
+        buffer.write(content.encode())
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            if path.suffix == ".pt":
-                torch.save(content, file)
-            else:
-                file.write(content.encode())
+            file.write(buffer.getvalue())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -736,6 +747,8 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
     if progress["iteration"] >= iterations and result_json.exists() and "eval_returns" in result_json.read_text():
         print(f"{run_dir} is finished; with --total-timesteps N it goes on to N")
         return
+    if progress["iteration"] > 0:
+        replace_file(run_dir / "model.pt", agent.state_dict())  # a kill may have come between the checkpoint and this
     config = json.loads((run_dir / "config.json").read_text())
     if args.total_timesteps != config["args"]["total_timesteps"]:
         notice(f"the run goes on to step {args.total_timesteps:,}; a learning rate that falls reaches 0 there")
@@ -757,15 +770,14 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
         for summary in hparams({name: "" if value is None else value for name, value in asdict(args).items()}, {}):
             writer.file_writer.add_summary(summary)
 
-        def log_evaluation() -> list:
-            finished = evaluate(actor, args, run_dir)
-            means = episode_means(finished)
-            for name, value in means.items():
-                writer.add_scalar(f"eval/{name}", value, envs.global_step)
-            if args.eval_every and means["episodic_return"] > progress["best_return"]:
-                progress["best_return"] = means["episodic_return"]
+        def keep_best(finished: list):
+            if args.eval_every and episode_means(finished)["episodic_return"] > progress["best_return"]:
+                progress["best_return"] = episode_means(finished)["episodic_return"]
                 replace_file(run_dir / "best.pt", actor.state_dict())
-            return finished
+
+        def log(prefix: str, scalars: dict):
+            for name, value in scalars.items():
+                writer.add_scalar(f"{prefix}/{name}", value, envs.global_step)
 
         for iteration in bar:
             started = time.perf_counter()
@@ -782,6 +794,7 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
                 step = compile_update(agent, optimizer, learning_rate, batch, args)
                 compile_seconds = time.perf_counter() - compile_started
                 started += compile_seconds
+                bar.set_postfix_str("no episode yet")
             metrics = update(step, agent, optimizer, learning_rate, batch, args)
             for name, value in {**metrics, "a parameter": optimizer["theta"].abs().max().item()}.items():
                 if not math.isfinite(value):
@@ -793,19 +806,17 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
             progress["seconds"] += time.perf_counter() - started
 
             explained_variance = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
-            scalars = {f"losses/{name}": value for name, value in metrics.items()}
-            scalars |= {f"charts/{name}": value for name, value in episode_means(envs.finished).items()}
-            scalars["losses/explained_variance"] = explained_variance.item()
-            scalars["charts/learning_rate"] = learning_rate.item()
-            scalars["charts/SPS"] = int(envs.global_step / progress["seconds"])
-            for tag, value in scalars.items():
-                writer.add_scalar(tag, value, envs.global_step)
+            log("losses", {**metrics, "explained_variance": explained_variance.item()})
+            sps = int(envs.global_step / progress["seconds"])
+            log("charts", {**episode_means(envs.finished), "learning_rate": learning_rate.item(), "SPS": sps})
             for global_step, episodic_return, length, _ in envs.finished:
                 progress["episodes"] += f"{global_step},{episodic_return!r},{length}\n"
                 bar.set_postfix_str(f"last return {episodic_return:.2f}", refresh=False)
             envs.finished.clear()
             if args.eval_every and iteration % args.eval_every == 0 and iteration < iterations:
-                log_evaluation()
+                finished = evaluate(actor, args, run_dir)
+                keep_best(finished)
+                log("eval", episode_means(finished))
             if time.monotonic() - saved_at >= args.checkpoint_every or iteration == iterations:
                 writer.flush()
                 save(run_dir, actor, optimizer, envs, progress)
@@ -814,11 +825,13 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
         result = {"iteration": progress["iteration"], "global_step": envs.global_step, "seconds": progress["seconds"]}
         result |= {"sps": int(envs.global_step / progress["seconds"]), "compile_seconds": compile_seconds}
         replace_file(result_json, json.dumps(result, indent=2))
-        finished = log_evaluation() if args.eval_episodes else []
+        finished = evaluate(actor, args, run_dir) if args.eval_episodes else []
+        keep_best(finished)
         result["eval_returns"] = [episode[1] for episode in finished]
         if "is_success" in episode_means(finished):
             result["eval_success"] = episode_means(finished)["is_success"]
         replace_file(result_json, json.dumps(result, indent=2))
+        log("eval", episode_means(finished))  # after result.json: a run that is resumed before it evaluates again
     if args.track:
         sys.modules["wandb"].finish()  # else another run in this process would be taken for this one
     print(f"wrote {run_dir}")
@@ -833,7 +846,7 @@ def main(args: Args):
     envs = Envs(args, range(args.num_envs if args.eval is None else 1))
     low, high = envs.action_space.low, envs.action_space.high
     if not args.rescale_actions and not ((-10 <= low) & (low <= -0.1) & (0.1 <= high) & (high <= 10)).all():
-        notice(f"the policy starts around 0, actions lie in {envs.action_space}: see --rescale-actions")
+        notice(f"the policy starts around [-1, 1], actions lie in {envs.action_space}: see --rescale-actions")
     agent = Agent(envs, args).to(device)
     optimizer = init_optimizer(agent)
     progress = {"iteration": 0, "seconds": 0.0, "episodes": "global_step,return,length\n", "best_return": -math.inf}
@@ -857,13 +870,14 @@ def main(args: Args):
         command = ["python", sys.argv[0], "--resume", str(run_dir), "--env-id", args.env_id]
         print(f"interrupted; continue with: {shlex.join(command)}" if run_dir else "interrupted")
         raise SystemExit(130) from None
-    except FloatingPointError as error:
-        fail(f"{error}; the last checkpoint in {run_dir} is good", status=1)
-    except OSError as error:
+    except (FloatingPointError, OSError) as error:
         if hasattr(error, "__notes__"):  # an environment's own
             raise
-        fail(str(error))
+        if isinstance(error, OSError):
+            fail(f"{run_dir or args.runs_dir}: {error}")
+        fail(f"{error}; the last checkpoint in {run_dir} is good", status=1)
 
 
 if __name__ == "__main__":
+    threading.excepthook = lambda _: None  # of TensorBoard's thread, whose errors come up here too
     main(parse_args())
