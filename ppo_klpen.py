@@ -138,6 +138,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         saved = json.loads(config.read_text())["args"]
         for name, kind in get_type_hints(Args).items():
             typeguard.check_type(saved[name], kind)
+            if isinstance(saved[name], bool) and kind is not bool:
+                raise TypeError(f"{name} is {saved[name]}")
         default = Args(**saved)
     except (OSError, ValueError, LookupError, TypeError, typeguard.TypeCheckError) as error:
         fail(f"{flag} {path}: {config} is not that of a {Path(__file__).stem} run ({type(error).__name__}: {error})")
@@ -244,7 +246,7 @@ class Envs:
 
     def checked(self, obs):
         if np.shape(obs) != self.observation_space.shape:  # some of these an assignment would broadcast
-            raise ValueError(f"observation of shape {np.shape(obs)}, the space has {self.observation_space.shape}")
+            raise ValueError(f"observation of shape {np.shape(obs)}, needed is shape {self.observation_space.shape}")
         return obs
 
     def add_note(self, error: Exception, i: int):
@@ -293,29 +295,44 @@ class Envs:
         actions = [torch.from_numpy(np.array(actions, self.action_space.dtype)) for actions in self.actions]
         return {**arrays, "actions": actions, "global_step": self.global_step}
 
-    def load_state_dict(self, state: dict):
-        """Repeat the running episodes. One that comes out with another observation or return, or that draws from the
-        process's own generators, has state elsewhere: it starts again, and a notice says so."""
+    def depends_on_more(self) -> bool:
+        """Whether an episode depends on more than its seed and actions: whether a used environment and a new one differ in
+        eight episodes of up to 200 random steps, or one of them draws from the process's own generators."""
 
         def generators():
             return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))
 
+        def outcome(env: gym.Env, seed: int) -> bytes:
+            self.action_space.seed(seed)
+            seen, end = [env.reset(seed=seed)[0]], False
+            while not end and len(seen) < 200:
+                obs, reward, terminated, truncated, _ = env.step(self.action_space.sample())
+                seen, end = [*seen, (obs, reward)], terminated or truncated
+            return pickle.dumps(seen)
+
+        before = generators()
+        same = all(outcome(self.envs[0], seed) == outcome(make_env(self.args), seed) for seed in range(8))
+        return not same or generators() != before
+
+    def load_state_dict(self, state: dict):
+        """Repeat the running episodes. Where one does not come out as it was, in observation and return, or where the
+        environment depends on more than seed and actions, it starts anew, and a notice says so."""
         if len(state["actions"]) != len(self.envs) or state["obs"].shape != self.obs.shape:
             raise ValueError("another number of environments, or another shape of observations")
-        self.global_step, restarted = state["global_step"], []
+        self.global_step, restarted, in_vain = state["global_step"], [], self.depends_on_more()
         for i, actions in enumerate(state["actions"]):
-            before, self.episode[i] = generators(), state["episode"][i] - 1
+            self.episode[i] = state["episode"][i] - 1
             self.reset(i)
             try:
                 for t in range(len(actions)):
                     self.actions[i].append(actions[t, ...].numpy())
-                    self.obs[i], reward, *_ = self.envs[i].step(self.actions[i][t])
-                    self.returns[i] += np.asarray(reward).item()
-            except Exception:  # an episode that went another way may raise, and is not the same
+                    obs, reward, *_ = self.envs[i].step(self.actions[i][t])
+                    self.obs[i], self.returns[i] = self.checked(obs), self.returns[i] + np.asarray(reward).item()
+            except Exception:  # of an episode that went another way
                 self.returns[i] = np.nan
             self.discounted[i] = state["discounted"][i]
             same = np.array_equal(self.obs[i], state["obs"][i]) and self.returns[i] == state["returns"][i].item()
-            if not same or generators() != before:
+            if in_vain or not same:
                 self.reset(i)
                 restarted.append(self.indices[i])
         if restarted:
@@ -675,7 +692,9 @@ def load(path: Path, agent: Agent, optimizer=None, envs=None, progress=None):
         if optimizer is not None:
             for name, tensor in optimizer.items():
                 tensor.copy_(saved["optimizer"][name].view_as(tensor))
-            progress.update({name: saved["progress"][name] for name in progress})
+            if saved["progress"].keys() != progress.keys():
+                raise ValueError(f"another script's progress, {', '.join(saved['progress'])}")
+            progress.update(saved["progress"])
             envs.load_state_dict(saved["envs"])
             torch.set_rng_state(saved["rng"])
     except Exception as error:
@@ -760,8 +779,9 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
     if progress["iteration"] >= iterations and result_json.exists() and "eval_returns" in result_json.read_text():
         print(f"{run_dir} is finished; with --total-timesteps N it goes on to N")
         return
-    if progress["iteration"] > 0:
-        replace_file(run_dir / "model.pt", agent.state_dict())  # a kill may have come between the checkpoint and this
+    if progress["iteration"] > 0:  # a kill may have come between the checkpoint and its model
+        replace_file(run_dir / "model.pt", agent.state_dict())
+        replace_file(run_dir / "episodes.csv", progress["episodes"])
     config = json.loads((run_dir / "config.json").read_text())
     if args.total_timesteps != config["args"]["total_timesteps"]:
         notice(f"the run goes on to step {args.total_timesteps:,}; a learning rate that falls reaches 0 there")
@@ -871,10 +891,12 @@ def main(args: Args):
     progress = {"iteration": 0, "seconds": 0.0, "episodes": "global_step,return,length\n", "best_return": -math.inf}
     progress["kl_beta"] = args.kl_beta
     model = args.eval if args.eval is not None else args.init_from
-    if model is not None:
+    resumed = args.resume is not None and (Path(args.resume) / "checkpoint.pt").exists()
+    if model is not None and not resumed:
         model = Path(model) if model.endswith(".pt") else Path(model) / "model.pt"
         load(model, agent)
-    run_dir = None
+    run_dir, hook = None, threading.excepthook
+    threading.excepthook = lambda args: issubclass(args.exc_type, OSError) or hook(args)  # TensorBoard's come up here
     try:
         if args.eval is not None:
             evaluate(agent.cpu(), args, model.parent)
@@ -896,8 +918,9 @@ def main(args: Args):
         if isinstance(error, OSError):
             fail(f"{run_dir or args.runs_dir}: {error}")
         fail(f"{error}; the last checkpoint in {run_dir} is good", status=1)
+    finally:
+        threading.excepthook = hook
 
 
 if __name__ == "__main__":
-    threading.excepthook = lambda _: None  # of TensorBoard's thread, whose errors come up here too
     main(parse_args())

@@ -667,11 +667,11 @@ def test_on_a_full_disk_what_was_saved_stays_and_the_run_goes_on_once_there_is_r
     if checkpoints:
         interrupted_after(checkpoints, *flags)
         flags = ["--resume", only(tmp_path)]
-    models = [file for path, file in snapshot(tmp_path).items() if path.suffix == ".pt"]
+    models = [content for path, (_, content) in snapshot(tmp_path).items() if path.suffix == ".pt"]
     size = 100_000 if name == "checkpoint" else (never_killed("Pendulum-v1") / "config.json").stat().st_size + 1000
     with full_after(size):
         refused(*flags, "--checkpoint-every", 0 if name == "checkpoint" else 1000, says=["File too large"])
-    assert [file for path, file in snapshot(tmp_path).items() if path.suffix == ".pt"] == models
+    assert [content for path, (_, content) in snapshot(tmp_path).items() if path.suffix == ".pt"] == models
     assert not list(tmp_path.glob("*/*.tmp"))
     train("--resume", only(tmp_path))
     assert_same_outcome(only(tmp_path), never_killed("Pendulum-v1"))
