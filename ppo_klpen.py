@@ -296,7 +296,7 @@ class Envs:
         return {**arrays, "actions": actions, "global_step": self.global_step}
 
     def depends_on_more(self) -> bool:
-        """Whether an episode depends on more than its seed and actions: whether a used environment and a new one differ in
+        """Whether an episode depends on more than its seed and actions: a used environment and a new one differ within
         eight episodes of up to 200 random steps, or one of them draws from the process's own generators."""
 
         def generators():

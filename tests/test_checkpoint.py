@@ -539,7 +539,7 @@ def test_a_checkpoint_of_another_number_of_environments_is_named(num_envs, unfin
     refused_with("--resume", unfinished / "checkpoint.pt", [other.read_bytes()])
 
 
-@pytest.mark.parametrize("checkpoints", [3, 6])
+@pytest.mark.parametrize("checkpoints", [4, 6])
 def test_a_list_of_episodes_that_lacks_some_is_completed(checkpoints, interrupted_after, tmp_path):
     train(*PENDULUM, "--runs-dir", tmp_path / "whole")
     interrupted_after(checkpoints, *PENDULUM, "--runs-dir", tmp_path / "stopped")
