@@ -178,6 +178,7 @@ def check(args: Args):
         ("--device", args.device == "cuda" and not torch.cuda.is_available(), "needs a GPU that torch finds"),
         ("--eval", None not in (args.eval, args.resume), "cannot go with --resume"),
         ("--eval-every", args.eval_every and not args.eval_episodes, "evaluates nothing with --eval-episodes 0"),
+        ("--eval", args.eval is not None and not args.eval_episodes, "evaluates nothing with --eval-episodes 0"),
         ("--track", args.track and importlib.util.find_spec("wandb") is None, "needs pip install wandb==0.31.0"),
     ]:
         if wrong:
@@ -319,7 +320,7 @@ class Envs:
         environment depends on more than seed and actions, it starts anew, and a notice says so."""
         if len(state["actions"]) != len(self.envs) or state["obs"].shape != self.obs.shape:
             raise ValueError("another number of environments, or another shape of observations")
-        self.global_step, restarted, in_vain = state["global_step"], [], self.depends_on_more()
+        self.global_step, restarted, stateful = state["global_step"], [], self.depends_on_more()
         for i, actions in enumerate(state["actions"]):
             self.episode[i] = state["episode"][i] - 1
             self.reset(i)
@@ -332,7 +333,7 @@ class Envs:
                 self.returns[i] = np.nan
             self.discounted[i] = state["discounted"][i]
             same = np.array_equal(self.obs[i], state["obs"][i]) and self.returns[i] == state["returns"][i].item()
-            if in_vain or not same:
+            if stateful or not same:
                 self.reset(i)
                 restarted.append(self.indices[i])
         if restarted:
@@ -795,9 +796,9 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
     step, compile_seconds, saved_at = None, 0.0, time.monotonic()
     size = f"{iterations * batch_size:,} steps, {iterations} x {args.num_envs} x {args.num_steps}"
     print(f"{run_dir}: {size}, {device}", flush=True)
+    options = {"unit": " steps", "unit_scale": batch_size, "mininterval": 0.2 if sys.stderr.isatty() else 10}
     start = progress["iteration"]
-    bar_options = {"unit": " steps", "unit_scale": batch_size, "mininterval": 0.2 if sys.stderr.isatty() else 10}
-    bar = tqdm(range(start + 1, iterations + 1), total=iterations, initial=start, **bar_options)
+    bar = tqdm(range(start + 1, iterations + 1), total=iterations, initial=start, **options)
     writer = SummaryWriter(str(run_dir), purge_step=envs.global_step + 1)  # hides what a killed process logged after it
     with bar, writer:
         for summary in hparams({name: "" if value is None else value for name, value in asdict(args).items()}, {}):
@@ -896,7 +897,7 @@ def main(args: Args):
         model = Path(model) if model.endswith(".pt") else Path(model) / "model.pt"
         load(model, agent)
     run_dir, hook = None, threading.excepthook
-    threading.excepthook = lambda args: issubclass(args.exc_type, OSError) or hook(args)  # TensorBoard's come up here
+    threading.excepthook = lambda died: issubclass(died.exc_type, OSError) or hook(died)  # TensorBoard's come up here
     try:
         if args.eval is not None:
             evaluate(agent.cpu(), args, model.parent)
