@@ -36,7 +36,8 @@ SMALL = [*SIZES, "--no-compile", "--checkpoint-every", "0"]
 RUN = [*SMALL, "--total-timesteps", str(ITERATIONS * BATCH)]
 PENDULUM = [*SMALL, "--env-id", "Pendulum-v1", "--total-timesteps", str(6 * BATCH)]
 
-# As a module on the path. `where` says what an episode depends on besides its seed and actions.
+# As a module on the path. `where` says what an episode depends on besides its seed and actions; the goal shows in the
+# reward after `late` steps.
 GOALS = """
 import random
 
@@ -48,8 +49,8 @@ class Goal(gym.Env):
     observation_space = gym.spaces.Box(-np.inf, np.inf, (1,))
     action_space = gym.spaces.Box(-1, 1, (1,))
 
-    def __init__(self, where=None, length=50, render_mode=None):
-        self.where, self.length, self.episodes = where, length, 0
+    def __init__(self, where=None, length=50, late=0, bound=np.inf, render_mode=None):
+        self.where, self.length, self.late, self.bound, self.episodes = where, length, late, bound, 0
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -69,7 +70,9 @@ class Goal(gym.Env):
         self.count += 1
         if self.where == "np.random":
             self.x += np.random.normal() / 100
-        distance = abs(self.x - self.goal)
+        if abs(self.x) > self.bound:
+            raise RuntimeError("out of bounds")
+        distance = abs(self.x - self.goal) if self.count > self.late else 1.0
         near = self.where is None and distance < 0.01
         return np.array([self.x], dtype=np.float32), -distance, near, self.count >= self.length, {}
 
@@ -115,8 +118,11 @@ def train(*flags):
 
 def wait_for(process: subprocess.Popen, condition):
     """Until condition() is true; the process must live to see it."""
+    started = time.monotonic()
     while not condition():
-        assert process.poll() is None, process.communicate()
+        if process.poll() is not None or time.monotonic() - started > LIMIT:
+            process.kill()
+            raise AssertionError(process.communicate())
         time.sleep(0.002)
 
 
@@ -350,22 +356,29 @@ def test_bipedal_walker_gives_the_notice_wherever_it_would_continue_differently(
             assert_equal_steps(envs, others, actions)
 
 
-@pytest.mark.parametrize("where", ["random", "np.random", "first observation", "reward"])
-def test_an_episode_with_state_elsewhere_starts_again_and_a_line_says_so(where, capfd):
-    envs, others, _ = stepped_and_continued("goals:Goal-v0", 120, where=where)
+@pytest.mark.parametrize(
+    "steps, kwargs",
+    [(120, {"where": where}) for where in ("random", "np.random", "first observation", "reward")]
+    + [(120, {"where": "random", "length": 400, "late": 300}), (250, {"where": "reward", "length": 400, "late": 220})],
+    ids=str,
+)
+def test_an_episode_with_state_elsewhere_starts_again_and_a_line_says_so(steps, kwargs, capfd):
+    envs, others, _ = stepped_and_continued("goals:Goal-v0", steps, **kwargs)
     (notice,) = notices(capfd.readouterr().err)
     assert "[0, 1] start again" in notice
     assert list(others.episode) == list(envs.episode + 1) and others.global_step == envs.global_step
     assert others.actions == [[], []] and not others.returns.any() and not others.discounted.any()
 
 
-@pytest.mark.parametrize("where", ["random", "np.random", "first observation", "reward"])
+@pytest.mark.parametrize("where", ["random", "np.random", "first observation", "reward", "nowhere"])
 def test_an_episode_with_state_elsewhere_never_goes_on_another_way_without_a_word(
     where, interrupted_after, tmp_path, capfd
 ):
-    """With --num-steps an episode's length, each checkpoint falls between two episodes: nothing is there to repeat."""
-    kwargs = json.dumps({"where": where, "length": 64})
-    flags = [*SMALL, "--env-id", "goals:Goal-v0", "--env-kwargs", kwargs, "--total-timesteps", 6 * BATCH]
+    """Each checkpoint falls between two episodes, so that there is nothing to repeat. "nowhere" is exact, and raises where
+    another policy than the run's would take it."""
+    kwargs = json.dumps({"where": where, "length": 64, "bound": 0.5 if where == "nowhere" else 1e9})
+    flags = ["--env-id", "goals:Goal-v0", "--env-kwargs", kwargs, "--log-std-init", -4]
+    flags = [*SMALL, *flags, "--total-timesteps", 6 * BATCH]
     train(*flags, "--runs-dir", tmp_path / "whole")
     interrupted_after(3, *flags, "--runs-dir", tmp_path / "resumed")
     run_dir = only(tmp_path / "resumed")
@@ -617,10 +630,11 @@ def test_a_second_process_cannot_train_the_run_until_the_first_is_dead(never_kil
     process.send_signal(signal.SIGSTOP)
     run_dir = only(tmp_path / "runs")
     before = snapshot(run_dir)
-    refused("--resume", run_dir, says=[run_dir, "another process"])
-    assert snapshot(run_dir) == before
-    process.kill()
-    assert finish(process)[0] == -signal.SIGKILL
+    try:
+        refused("--resume", run_dir, says=[run_dir, "another process"])
+    finally:
+        process.kill()
+    assert finish(process)[0] == -signal.SIGKILL and snapshot(run_dir) == before
     train("--resume", run_dir)
     assert_same_outcome(run_dir, never_killed("Pendulum-v1"))
 

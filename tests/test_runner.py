@@ -294,8 +294,7 @@ def test_a_copy_broken_off_at_any_moment_is_no_run_or_one_to_resume(never_killed
         folder = copied.folder()
         assert not copied.finished() and (folder is None or count == len(files) - 1)
         if folder:
-            rows = (folder / "episodes.csv").read_text().splitlines()
-            assert len(rows) > load(folder / "checkpoint.pt")["progress"]["episodes"]
+            assert load(folder / "checkpoint.pt")["progress"]["iteration"] == 40
         shutil.rmtree(copied.home)
     left = len(files)
     (copied.home / original.name).mkdir(parents=True)
