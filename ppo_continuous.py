@@ -303,9 +303,12 @@ class Envs:
         def outcome(env: gym.Env, seed: int) -> bytes:
             space.seed(seed)
             seen, end = [env.reset(seed=seed)[0]], False
-            while not end and len(seen) < 200:
-                obs, reward, terminated, truncated, _ = env.step(space.sample())
-                seen, end = [*seen, (obs, reward)], terminated or truncated
+            try:
+                while not end and len(seen) < 200:
+                    obs, reward, terminated, truncated, _ = env.step(space.sample())
+                    seen, end = [*seen, (obs, reward)], terminated or truncated
+            except Exception as error:  # some environments do not take random actions
+                seen.append(str(error))
             return pickle.dumps(seen)
 
         before, space = generators(), copy.deepcopy(self.action_space)

@@ -374,8 +374,8 @@ def test_an_episode_with_state_elsewhere_starts_again_and_a_line_says_so(steps, 
 def test_an_episode_with_state_elsewhere_never_goes_on_another_way_without_a_word(
     where, interrupted_after, tmp_path, capfd
 ):
-    """Each checkpoint falls between two episodes, so that there is nothing to repeat. "nowhere" is exact, and raises where
-    another policy than the run's would take it."""
+    """Each checkpoint falls between two episodes, so that there is nothing to repeat. "nowhere" is exact, and raises on
+    paths that the run does not take."""
     kwargs = json.dumps({"where": where, "length": 64, "bound": 0.5 if where == "nowhere" else 1e9})
     flags = ["--env-id", "goals:Goal-v0", "--env-kwargs", kwargs, "--log-std-init", -4]
     flags = [*SMALL, *flags, "--total-timesteps", 6 * BATCH]
