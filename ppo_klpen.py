@@ -273,10 +273,11 @@ class Envs:
         terminated, done = np.zeros((2, len(actions)), dtype=bool)
         try:
             for i, env in enumerate(self.envs):
-                obs, reward, ends, is_cut, info = env.step(actions[i, ...])
+                action = actions[i, ...]
+                obs, reward, ends, is_cut, info = env.step(action)
                 next_obs[i] = self.checked(obs)
                 rewards[i] = np.asarray(reward).item()  # it may be an array of one element
-                self.actions[i].append(actions[i, ...])
+                self.actions[i].append(action)
                 if ends or is_cut:
                     terminated[i], done[i], last_infos[i] = ends, True, info
         except Exception as error:
