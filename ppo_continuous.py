@@ -793,7 +793,8 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
     bar = tqdm(range(start + 1, iterations + 1), total=iterations, initial=start, **options)
     writer = SummaryWriter(str(run_dir), purge_step=envs.global_step + 1)  # hides what a killed process logged after it
     with bar, writer:
-        for summary in hparams({name: "" if value is None else value for name, value in asdict(args).items()}, {}):
+        settings = {name: "" if value is None else value for name, value in asdict(args).items()}
+        for summary in hparams(settings, {"charts/episodic_return": 0, "eval/episodic_return": 0}):
             writer.file_writer.add_summary(summary)
 
         def keep_best(finished: list):
