@@ -226,7 +226,7 @@ def to_env(actions: np.ndarray, space: gym.spaces.Box, rescale: bool) -> np.ndar
 
 
 class Envs:
-    """N environments stepped in a loop: 44 us a step, where gymnasium's SyncVectorEnv takes 54.
+    """N environments stepped in a loop, which takes less time than gymnasium's SyncVectorEnv.
 
     Since gymnasium 1.0 a vector environment by default answers the step after an episode's end with a reset, so that a
     stored row joins two episodes. Here exactly the finished environments are reset, at once: every row is a real
@@ -236,12 +236,18 @@ class Envs:
     """
 
     def __init__(self, args: Args, indices, **make_env_options):
-        self.args, self.indices, self.global_step, N = args, indices, 0, len(indices)
+        self.args = args
+        self.indices = indices
+        self.global_step = 0
+        N = len(indices)
         self.envs = [make_env(args, **make_env_options) for _ in indices]
-        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        self.observation_space = self.envs[0].observation_space
+        self.action_space = self.envs[0].action_space
         self.obs = np.zeros((N, *self.observation_space.shape), dtype=np.float32)  # what to act on
         self.episode = np.zeros(N, dtype=np.int64)  # the running episode's number, its sums and actions
-        self.returns, self.discounted, self.actions = np.zeros(N), np.zeros(N), [[] for _ in indices]
+        self.returns = np.zeros(N)
+        self.discounted = np.zeros(N)
+        self.actions = [[] for _ in indices]
         self.finished = []  # (global_step, return, length, last info) of those that ended
         for i in range(N):
             self.reset(i)
@@ -257,7 +263,8 @@ class Envs:
     def reset(self, i: int):
         """Begin the next episode of environment i."""
         self.episode[i] += 1
-        self.returns[i], self.discounted[i], self.actions[i] = 0, 0, []
+        self.returns[i] = self.discounted[i] = 0
+        self.actions[i] = []
         seed = np.random.SeedSequence([self.args.seed, self.indices[i] + 1, self.episode[i]]).generate_state(1)[0]
         try:
             obs, _ = self.envs[i].reset(seed=int(seed))
@@ -269,7 +276,9 @@ class Envs:
     def step(self, actions: np.ndarray) -> dict:
         """Actions [N, A] as drawn -> what came of them, arrays [N, ...]; where an episode ends, the next one begins."""
         actions = to_env(actions, self.action_space, self.args.rescale_actions)
-        next_obs, rewards, last_infos = np.empty_like(self.obs), np.empty(len(actions)), {}
+        next_obs = np.empty_like(self.obs)
+        rewards = np.empty(len(actions))
+        last_infos = {}
         terminated, done = np.zeros((2, len(actions)), dtype=bool)
         try:
             for i, env in enumerate(self.envs):
@@ -325,7 +334,9 @@ class Envs:
         environment depends on more than seed and actions, it starts anew, and a notice says so."""
         if len(state["actions"]) != len(self.envs) or state["obs"].shape != self.obs.shape:
             raise ValueError("another number of environments, or another shape of observations")
-        self.global_step, restarted, stateful = state["global_step"], [], self.depends_on_more()
+        self.global_step = state["global_step"]
+        stateful = self.depends_on_more()
+        restarted = []
         for i, actions in enumerate(state["actions"]):
             self.episode[i] = state["episode"][i] - 1
             self.reset(i)
@@ -364,7 +375,8 @@ class RunningMeanStd(nn.Module):
     def update(self, x: torch.Tensor):
         """x [..., *shape]: all leading dimensions are samples."""
         x = x.to(self.mean).reshape(-1, *self.mean.shape)
-        total, delta = self.count + len(x), x.mean(0) - self.mean
+        total = self.count + len(x)
+        delta = x.mean(0) - self.mean
         squares = self.var * self.count + x.var(0, correction=0) * len(x) + delta**2 * self.count * len(x) / total
         self.mean += delta * len(x) / total
         self.var.copy_(squares / total)
@@ -409,10 +421,13 @@ class Agent(nn.Module):
     def __init__(self, envs: Envs, args: Args):
         super().__init__()
         obs_dim, action_dim = envs.observation_space.shape[0], math.prod(envs.action_space.shape)
-        self.norm_obs, self.obs_rms, self.return_rms = args.norm_obs, RunningMeanStd(obs_dim), RunningMeanStd()
-        hidden = [layer_init(obs_dim, 64), nn.Tanh(), layer_init(64, 64), nn.Tanh()]
+        self.norm_obs = args.norm_obs
+        self.obs_rms = RunningMeanStd(obs_dim)
+        self.return_rms = RunningMeanStd()
         self.register_buffer("kl_beta", torch.tensor(args.kl_beta), persistent=False)
-        self.critic = nn.Sequential(*hidden, layer_init(64, 1, std=1.0))
+        self.critic = nn.Sequential(
+            layer_init(obs_dim, 64), nn.Tanh(), layer_init(64, 64), nn.Tanh(), layer_init(64, 1, std=1.0)
+        )
         self.actor = nn.Sequential(layer_init(obs_dim, 64), nn.Tanh(), layer_init(64, 64), nn.Tanh())
         self.actor_mean = layer_init(64, action_dim, std=0.01)
         if args.std_type == "state":
@@ -424,7 +439,9 @@ class Agent(nn.Module):
     def normalize(self, obs: torch.Tensor) -> torch.Tensor:
         """Raw observations to network inputs. The statistics move between iterations only (and after the first
         rollout), so that acting, evaluation and every epoch of an iteration see the same inputs."""
-        return ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10) if self.norm_obs else obs
+        if not self.norm_obs:
+            return obs
+        return ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10)
 
     def policy(self, obs: torch.Tensor) -> Gaussian:
         """The distribution of actions [..., A] for raw obs [..., O]."""
@@ -452,7 +469,8 @@ class Agent(nn.Module):
 def rollout(envs: Envs, actor: Agent, args: Args) -> dict:
     """T steps of N environments with `actor`, the agent on the CPU: rows [T, N, ...], each one real transition. Actions
     are stored as drawn; only the environment sees them clipped. FloatingPointError names the earliest nan or inf."""
-    first_step, steps, rows = envs.global_step + args.num_envs, [], {}
+    first_step = envs.global_step + args.num_envs
+    steps, rows = [], {}
     try:
         for noise in actor.noise(args.num_steps, args.num_envs):
             actions = actor.policy(torch.from_numpy(envs.obs)).sample(noise).numpy()
@@ -500,7 +518,8 @@ def make_batch(rows: dict, agent: Agent, device: torch.device, args: Args) -> di
     values, next_values = agent.value(obs), agent.value(next_obs)
     V, next_V = values.cpu().numpy(), next_values.cpu().numpy()
     advantages = gae(rewards.astype(np.float32), V, next_V, terminated, done, args.gamma, args.gae_lambda)
-    advantages, pi_old = torch.from_numpy(advantages).to(device), agent.policy(obs)
+    advantages = torch.from_numpy(advantages).to(device)
+    pi_old = agent.policy(obs)
     batch = {
         "obs": obs,
         "actions": actions,
@@ -593,6 +612,11 @@ def update_step(optimizer: dict, learning_rate, batch: dict, indices: torch.Tens
     return optimizer, list(metrics), torch.stack(all_metrics).mean(0)
 
 
+def steps_per_call(args: Args) -> int:
+    """Two gradient steps a call halve what entering the graph costs; more take longer to compile than they save."""
+    return 2 if args.num_minibatches % 2 == 0 else 1
+
+
 def compile_update(agent: Agent, optimizer: dict, learning_rate, batch: dict, args: Args):
     """update_step for this agent and these args, compiled by a first call. Where that fails, for want of a C++ compiler
     say, or gives another gradient, a notice says why, and it stays uncompiled."""
@@ -617,7 +641,7 @@ def compile_update(agent: Agent, optimizer: dict, learning_rate, batch: dict, ar
     gc.disable()  # the compiler's many small objects cost the collector 2 s
     try:
         indices = torch.arange(len(batch["obs"]), device=learning_rate.device).view(args.num_minibatches, -1)
-        inputs = optimizer, learning_rate, batch, indices[: math.gcd(args.num_minibatches, 2)]  # as in update
+        inputs = optimizer, learning_rate, batch, indices[: steps_per_call(args)]
         found, plain = compiled(*inputs)[0]["theta"], step(*inputs)[0]["theta"]
         error = (found - plain).norm() / (plain - optimizer["theta"]).norm().clamp(min=1e-9)
         if not error < 0.01:  # compilers have lost gradients without a word (github.com/pytorch/pytorch/issues/189895)
@@ -635,11 +659,11 @@ def compile_update(agent: Agent, optimizer: dict, learning_rate, batch: dict, ar
 def update(step, agent: Agent, optimizer: dict, learning_rate, batch: dict, args: Args) -> dict:
     """The epochs of an iteration, each a new random cut of the batch into minibatches. Moves agent and optimizer;
     returns {metric: mean over all minibatches}."""
-    optimizer["theta"], means = init_optimizer(agent)["theta"], []
+    optimizer["theta"] = init_optimizer(agent)["theta"]
+    means = []
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch["obs"])).view(args.num_minibatches, -1).to(learning_rate.device)
-        # two gradient steps a call halve what entering the graph costs; more take longer to compile than they save
-        calls = order.split(math.gcd(args.num_minibatches, 2))
+        calls = order.split(steps_per_call(args))
         for indices in calls:
             new, names, values = step(optimizer, learning_rate, batch, indices)
             optimizer.update(new)
@@ -711,7 +735,8 @@ def load(path: Path, agent: Agent, optimizer=None, envs=None, progress=None):
 
 def create_run(args: Args) -> Path:
     """The folder of a new run, with its config.json."""
-    git, here = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
+    git = "git describe --always --dirty --abbrev=40"
+    here = Path(__file__).resolve().parent
     config = {
         "args": asdict(args),
         "command": sys.argv,
@@ -777,8 +802,10 @@ def evaluate(actor: Agent, args: Args, run_dir: Path) -> list:
 
 def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, progress: dict):
     """PPO, from the run's last checkpoint to its end, and the evaluation."""
-    device, batch_size = optimizer["theta"].device, args.num_envs * args.num_steps
-    iterations, learning_rate = args.total_timesteps // batch_size, torch.tensor(args.learning_rate, device=device)
+    device = optimizer["theta"].device
+    batch_size = args.num_envs * args.num_steps
+    iterations = args.total_timesteps // batch_size
+    learning_rate = torch.tensor(args.learning_rate, device=device)
     result_json = run_dir / "result.json"
     if (run_dir / "checkpoint.pt").exists() or (run_dir / "model.pt").exists():  # else it stopped before the first one
         load(run_dir / "checkpoint.pt", agent, optimizer, envs, progress)
@@ -798,7 +825,9 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
 
     actor = agent if device.type == "cpu" else Agent(envs, args)  # for a few rows a GPU takes longer
     actor.load_state_dict(agent.state_dict())
-    step, compile_seconds, saved_at = None, 0.0, time.monotonic()
+    step = None
+    compile_seconds = 0.0
+    saved_at = time.monotonic()
     size = f"{iterations * batch_size:,} steps, {iterations} x {args.num_envs} x {args.num_steps}"
     print(f"{run_dir}: {size}, {device}", flush=True)
     options = {"unit": " steps", "unit_scale": batch_size, "mininterval": 0.2 if sys.stderr.isatty() else 10}
@@ -902,7 +931,8 @@ def main(args: Args):
     if model is not None and not resumed:
         model = Path(model) if model.endswith(".pt") else Path(model) / "model.pt"
         load(model, agent)
-    run_dir, hook = None, threading.excepthook
+    run_dir = None
+    hook = threading.excepthook
     threading.excepthook = lambda died: issubclass(died.exc_type, OSError) or hook(died)  # TensorBoard's come up here
     try:
         if args.eval is not None:
