@@ -628,6 +628,7 @@ def test_a_second_process_cannot_train_the_run_until_the_first_is_dead(never_kil
     process = start(*RUN, "--env-id", "Pendulum-v1", "--runs-dir", tmp_path / "runs")
     wait_for(process, lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
     process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)  # until it stands still: it may be about to write the next file
     run_dir = only(tmp_path / "runs")
     before = snapshot(run_dir)
     try:
