@@ -215,18 +215,89 @@ def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None
     return env
 
 
-def to_env(actions: np.ndarray, space: gym.spaces.Box, rescale: bool) -> np.ndarray:
+def to_env(actions: np.ndarray, space: gym.spaces.Box, args: Args) -> np.ndarray:
     """Actions [N, A] as drawn -> [N, *space.shape] as the environment takes them: within its bounds, of its dtype."""
     actions = actions.reshape(len(actions), *space.shape)
-    if rescale:
+    if args.rescale_actions:
         actions = space.low + (actions + 1) / 2 * (space.high.astype(np.float64) - space.low)
     if space.dtype.kind in "iu":
         actions = np.rint(actions)
     return actions.clip(space.low, space.high).astype(space.dtype, copy=False)
 
 
+class Loop:
+    """Single environments in the form of gymnasium's vector environments, with autoreset disabled. A plain loop takes
+    less time than its SyncVectorEnv."""
+
+    def __init__(self, envs: list):
+        self.envs = envs
+        self.single_observation_space = envs[0].observation_space
+        self.single_action_space = envs[0].action_space
+
+    def checked(self, obs):
+        shape = self.single_observation_space.shape
+        if np.shape(obs) != shape:  # some of these an assignment would broadcast
+            raise ValueError(f"observation of shape {np.shape(obs)}, needed is shape {shape}")
+        return obs
+
+    def reset(self, seed: list, options: dict):
+        obs = np.zeros((len(self.envs), *self.single_observation_space.shape), dtype=np.float32)
+        infos = [{} for _ in self.envs]
+        for i in np.flatnonzero(options["reset_mask"]):
+            try:
+                first_obs, infos[i] = self.envs[i].reset(seed=seed[i])
+                obs[i] = self.checked(first_obs)
+            except Exception as error:
+                error.add_note(f"in environment {i}")
+                raise
+        return obs, infos
+
+    def step(self, actions: np.ndarray):
+        N = len(self.envs)
+        obs = np.empty((N, *self.single_observation_space.shape), dtype=np.float32)
+        rewards = np.empty(N)
+        terminated, truncated = np.empty((2, N), dtype=bool)
+        infos = [{}] * N
+        try:
+            for i, env in enumerate(self.envs):
+                next_obs, reward, terminated[i], truncated[i], infos[i] = env.step(actions[i, ...])
+                obs[i] = self.checked(next_obs)
+                rewards[i] = np.asarray(reward).item()  # it may be an array of one element
+        except Exception as error:
+            error.add_note(f"in environment {i}")
+            raise
+        return obs, rewards, terminated, truncated, infos
+
+
+def make_vector_env(args: Args, num_envs: int, **options):
+    """The id's own vector environment, where it has one that leaves the resets to us, or a Loop."""
+    env, disabled = make_env(args, **options), gym.vector.AutoresetMode.DISABLED
+    if env.spec.vector_entry_point is not None and not options:
+        try:
+            vector_env = gym.make_vec(args.env_id, num_envs, autoreset_mode=disabled, **json.loads(args.env_kwargs))
+            same_obs = vector_env.single_observation_space == env.observation_space
+            if same_obs and vector_env.metadata.get("autoreset_mode") == disabled:
+                return vector_env
+        except TypeError:  # it takes no autoreset_mode
+            pass
+        except Exception as error:
+            fail(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {type(error).__name__}: {error}")
+    return Loop([env, *(make_env(args, **options) for _ in range(num_envs - 1))])
+
+
+def info_of(infos, i: int) -> dict:
+    """Environment i's own: of a Loop's list, or of gymnasium's arrays [N], where _name tells who has a value."""
+    if isinstance(infos, list):
+        return infos[i]
+    own = {}
+    for name, values in infos.items():
+        if isinstance(values, np.ndarray) and name[0] != "_" and (f"_{name}" not in infos or infos[f"_{name}"][i]):
+            own[name] = values[i]
+    return own
+
+
 class Envs:
-    """N environments stepped in a loop, which takes less time than gymnasium's SyncVectorEnv.
+    """N environments, their running episodes, and those that have ended.
 
     Since gymnasium 1.0 a vector environment by default answers the step after an episode's end with a reset, so that a
     stored row joins two episodes. Here exactly the finished environments are reset, at once: every row is a real
@@ -236,124 +307,132 @@ class Envs:
     """
 
     def __init__(self, args: Args, indices, **make_env_options):
+        N = len(indices)
         self.args = args
         self.indices = indices
+        self.vector_env = make_vector_env(args, N, **make_env_options)
+        self.observation_space = self.vector_env.single_observation_space
+        self.action_space = self.vector_env.single_action_space
         self.global_step = 0
-        N = len(indices)
-        self.envs = [make_env(args, **make_env_options) for _ in indices]
-        self.observation_space = self.envs[0].observation_space
-        self.action_space = self.envs[0].action_space
         self.obs = np.zeros((N, *self.observation_space.shape), dtype=np.float32)  # what to act on
-        self.episode = np.zeros(N, dtype=np.int64)  # the running episode's number, its sums and actions
+        self.episode = np.zeros(N, dtype=np.int64)  # the running episode's number, sums and length
         self.returns = np.zeros(N)
         self.discounted = np.zeros(N)
-        self.actions = [[] for _ in indices]
-        self.finished = []  # (global_step, return, length, last info) of those that ended
-        for i in range(N):
-            self.reset(i)
+        self.lengths = np.zeros(N, dtype=np.int64)
+        self.history = []  # the last actions [N, A], as drawn: as many as the longest running episode has
+        self.finished = []  # (global_step, return, length, last info) of the episodes that have ended
+        self.reset(np.ones(N, dtype=bool))
 
-    def checked(self, obs):
-        if np.shape(obs) != self.observation_space.shape:  # some of these an assignment would broadcast
-            raise ValueError(f"observation of shape {np.shape(obs)}, needed is shape {self.observation_space.shape}")
-        return obs
+    def add_note(self, error: Exception):
+        error.add_note(
+            f"{self.args.env_id}, environments {list(self.indices)}, after {self.global_step:,} steps in all"
+        )
 
-    def add_note(self, error: Exception, i: int):
-        error.add_note(f"{self.args.env_id}, environment {self.indices[i]}, after {self.global_step:,} steps in all")
-
-    def reset(self, i: int):
-        """Begin the next episode of environment i."""
-        self.episode[i] += 1
-        self.returns[i] = self.discounted[i] = 0
-        self.actions[i] = []
-        seed = np.random.SeedSequence([self.args.seed, self.indices[i] + 1, self.episode[i]]).generate_state(1)[0]
+    def reset(self, starting: np.ndarray):
+        """Begin the next episode where starting, bool [N]."""
+        self.episode += starting
+        self.returns[starting] = self.discounted[starting] = self.lengths[starting] = 0
+        seeds = [None] * len(starting)
+        for i in np.flatnonzero(starting):
+            key = [self.args.seed, self.indices[i] + 1, self.episode[i]]
+            seeds[i] = int(np.random.SeedSequence(key).generate_state(1)[0])
         try:
-            obs, _ = self.envs[i].reset(seed=int(seed))
-            self.obs[i] = self.checked(obs)
+            obs, _ = self.vector_env.reset(seed=seeds, options={"reset_mask": starting})
         except Exception as error:
-            self.add_note(error, i)
+            self.add_note(error)
             raise
+        self.obs[starting] = obs[starting]
 
     def step(self, actions: np.ndarray) -> dict:
         """Actions [N, A] as drawn -> what came of them, arrays [N, ...]; where an episode ends, the next one begins."""
-        actions = to_env(actions, self.action_space, self.args.rescale_actions)
-        next_obs = np.empty_like(self.obs)
-        rewards = np.empty(len(actions))
-        last_infos = {}
-        terminated, done = np.zeros((2, len(actions)), dtype=bool)
+        env_actions = to_env(actions, self.action_space, self.args)
         try:
-            for i, env in enumerate(self.envs):
-                action = actions[i, ...]
-                obs, reward, ends, is_cut, info = env.step(action)
-                next_obs[i] = self.checked(obs)
-                rewards[i] = np.asarray(reward).item()  # it may be an array of one element
-                self.actions[i].append(action)
-                if ends or is_cut:
-                    terminated[i], done[i], last_infos[i] = ends, True, info
+            next_obs, rewards, terminated, truncated, infos = self.vector_env.step(env_actions)
         except Exception as error:
-            self.add_note(error, i)
+            self.add_note(error)
             raise
+        next_obs, rewards = np.array(next_obs, dtype=np.float32), np.array(rewards, dtype=np.float64)
+        terminated, done = np.array(terminated), terminated | truncated
         self.global_step += len(actions)
-        self.obs = next_obs.copy()
+        self.obs = next_obs
         self.returns += rewards
-        self.discounted = rewards + self.args.gamma * self.discounted
-        discounted = self.discounted.copy()
-        for i, info in last_infos.items():
-            self.finished.append((self.global_step, float(self.returns[i]), len(self.actions[i]), info))
-            self.reset(i)
+        self.discounted = discounted = rewards + self.args.gamma * self.discounted
+        self.lengths += 1
+        self.history.append(actions)
+        if done.any():
+            for i in np.flatnonzero(done):
+                ended = self.global_step, float(self.returns[i]), int(self.lengths[i]), info_of(infos, i)
+                self.finished.append(ended)
+            self.obs, self.discounted = next_obs.copy(), discounted.copy()
+            self.reset(done)
+            del self.history[: len(self.history) - self.lengths.max()]
         return dict(next_obs=next_obs, rewards=rewards, discounted=discounted, terminated=terminated, done=done)
 
     def state_dict(self) -> dict:
-        arrays = {name: torch.tensor(getattr(self, name)) for name in ("obs", "episode", "returns", "discounted")}
-        actions = [torch.from_numpy(np.array(actions, self.action_space.dtype)) for actions in self.actions]
-        return {**arrays, "actions": actions, "global_step": self.global_step}
+        state = {name: torch.tensor(getattr(self, name)) for name in ("obs", "episode", "returns", "lengths")}
+        history = np.array(self.history[len(self.history) - self.lengths.max() :])
+        return {**state, "history": torch.from_numpy(history), "global_step": self.global_step}
 
     def depends_on_more(self) -> bool:
-        """Whether an episode depends on more than its seed and actions: a used environment and a new one differ within
-        eight episodes of up to 200 random steps, or one of them draws from the process's own generators."""
+        """Whether an episode depends on more than its seed and actions: used environments and new ones differ within
+        200 random steps, or draw from the process's own generators."""
+        N, space = len(self.obs), copy.deepcopy(self.action_space)
 
         def generators():
             return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))
 
-        def outcome(env: gym.Env, seed: int) -> bytes:
-            space.seed(seed)
-            seen, end = [env.reset(seed=seed)[0]], False
+        def outcome(vector_env, seeds: list) -> list:
+            space.seed(seeds[0])
+            done, seen = np.ones(N, dtype=bool), []
             try:
-                while not end and len(seen) < 200:
-                    obs, reward, terminated, truncated, _ = env.step(space.sample())
-                    seen, end = [*seen, (obs, reward)], terminated or truncated
+                for _ in range(200):
+                    if done.any():
+                        seen.append(pickle.dumps(vector_env.reset(seed=seeds, options={"reset_mask": done})[0][done]))
+                    actions = np.stack([space.sample() for _ in range(N)])
+                    obs, rewards, terminated, truncated, _ = vector_env.step(actions)
+                    seen.append(pickle.dumps((obs, rewards)))
+                    done = terminated | truncated
             except Exception as error:  # some environments do not take random actions
                 seen.append(str(error))
-            return pickle.dumps(seen)
+            return seen
 
-        before, space = generators(), copy.deepcopy(self.action_space)
-        same = all(outcome(self.envs[0], seed) == outcome(make_env(self.args), seed) for seed in range(8))
-        return not same or generators() != before
+        before = generators()
+        for first in range(0, 8, N):  # at least eight episodes of new environments
+            seeds = list(range(first, first + N))
+            if outcome(self.vector_env, seeds) != outcome(make_vector_env(self.args, N), seeds):
+                return True
+        return generators() != before
 
     def load_state_dict(self, state: dict):
         """Repeat the running episodes. Where one does not come out as it was, in observation and return, or where the
         environment depends on more than seed and actions, it starts anew, and a notice says so."""
-        if len(state["actions"]) != len(self.envs) or state["obs"].shape != self.obs.shape:
+        names = ("obs", "episode", "returns", "lengths")
+        obs, episode, returns, lengths = (state[name].numpy() for name in names)
+        history, N, L = state["history"].numpy(), len(self.obs), len(state["history"])
+        if any(state[name].shape != getattr(self, name).shape for name in names) or L != lengths.max():
             raise ValueError("another number of environments, or another shape of observations")
-        self.global_step = state["global_step"]
-        stateful = self.depends_on_more()
-        restarted = []
-        for i, actions in enumerate(state["actions"]):
-            self.episode[i] = state["episode"][i] - 1
-            self.reset(i)
-            try:
-                for t in range(len(actions)):
-                    self.actions[i].append(actions[t, ...].numpy())
-                    obs, reward, *_ = self.envs[i].step(self.actions[i][t])
-                    self.obs[i], self.returns[i] = self.checked(obs), self.returns[i] + np.asarray(reward).item()
-            except Exception:  # of an episode that went another way
-                self.returns[i] = np.nan
-            self.discounted[i] = state["discounted"][i]
-            same = np.array_equal(self.obs[i], state["obs"][i]) and self.returns[i] == state["returns"][i].item()
-            if stateful or not same:
-                self.reset(i)
-                restarted.append(self.indices[i])
-        if restarted:
-            which = f"the episodes of environments {restarted} start again"
+        different = np.full(N, self.depends_on_more())
+
+        def start(again: np.ndarray):
+            self.episode[again] = episode[again] - 1
+            if again.any():
+                self.reset(again)
+
+        try:
+            for t in range(L):  # one that is shorter than L repeats its first steps until it is its turn
+                phase = (t - np.where(t < L - lengths, 0, L - lengths)) % np.maximum(lengths, 1)
+                start(phase == 0)
+                self.step(history[np.minimum(L - lengths + phase, L - 1), np.arange(N)])
+            start(lengths == 0)
+        except Exception:  # of an episode that went another way
+            different[:] = True
+        different |= (self.obs != obs).reshape(N, -1).any(1) | (self.returns != returns) | (self.episode != episode)
+        self.global_step, self.history = state["global_step"], list(history)
+        self.finished.clear()
+        if different.any():
+            self.episode[different] = episode[different]
+            self.reset(different)
+            which = f"the episodes of environments {np.array(self.indices)[different].tolist()} start again"
             notice(f"{which}: {self.args.env_id} has state besides its seed and actions, so this run is no exact copy")
 
 
@@ -791,7 +870,7 @@ def evaluate(actor: Agent, args: Args, run_dir: Path) -> list:
     for number in tqdm(range(args.eval_episodes), "evaluation", leave=False, disable=None):  # None: on a terminal only
         while len(envs.finished) == number:
             envs.step(actor.policy(torch.from_numpy(envs.obs)).mode.numpy())
-    envs.envs[0].close()
+    envs.vector_env.envs[0].close()
     if any(length == args.eval_max_steps for _, _, length, _ in envs.finished):
         notice(f"the evaluation has cut episodes after --eval-max-steps {args.eval_max_steps}")
     returns = [episodic_return for _, episodic_return, _, _ in envs.finished]

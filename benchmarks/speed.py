@@ -155,7 +155,7 @@ def measure(column: str, env_id: str, steps: str):
             ppo.rollout(envs, agent, args)
             continue
         for action in actions[batch]:
-            for i, env in enumerate(envs.envs):
+            for i, env in enumerate(envs.vector_env.envs):
                 _, _, terminated, truncated, _ = env.step(action[i])
                 if terminated or truncated:
                     env.reset()

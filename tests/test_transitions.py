@@ -1,5 +1,6 @@
 """Every stored row is a real transition, every episode counts once, statistics stand still within an iteration."""
 
+import copy
 import csv
 import json
 import math
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load, only, scalars, spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import ppo_continuous as ppo
 
@@ -88,6 +90,55 @@ def test_rows_are_the_transitions_of_the_environment():
     assert (rows["actions"] < -0.5).any() and (rows["actions"] > 0.75).any()
 
 
+def batched(mode):
+    """An environment's vector_entry_point: gymnasium's own, which can reset as each mode says."""
+
+    def make(num_envs, env_id, autoreset_mode):
+        mode_of_it = autoreset_mode if mode == "disabled" else AutoresetMode.NEXT_STEP
+        return SyncVectorEnv([lambda: gym.make(env_id)] * num_envs, copy=False, autoreset_mode=mode_of_it)
+
+    return make
+
+
+for name in ("Counting-v0", "Hopper-v4", "Pendulum-v1"):
+    for mode in ("disabled", "next_step"):
+        kwargs = {"entry_point": lambda env_id: gym.make(env_id), "vector_entry_point": batched(mode)}
+        gym.register(f"Batched/{mode}-{name}", kwargs={"env_id": name}, **kwargs)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "next_step"])
+@pytest.mark.parametrize("env_id", ["Counting-v0", "Hopper-v4", "Pendulum-v1"])
+def test_an_environments_own_batch_and_a_loop_give_the_same_rows_to_the_bit(env_id, mode):
+    both, args = [], ppo.Args(num_envs=3, num_steps=250)
+    for name in (env_id, f"Batched/{mode}-{env_id}"):
+        args.env_id = name
+        envs = ppo.Envs(args, range(3))
+        torch.manual_seed(0)
+        agent = ppo.Agent(envs, args)
+        parts = [ppo.rollout(envs, agent, args) for _ in range(2)]
+        both.append([np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]])
+        both[-1].append([episode[:3] for episode in envs.finished])
+    assert isinstance(envs.vector_env, ppo.Loop) == (mode != "disabled")  # another mode would lose observations
+    *rows, episodes = zip(*both)
+    assert all(np.array_equal(*arrays) for arrays in rows) and episodes[0] == episodes[1] and len(episodes[0]) >= 3
+
+
+@pytest.mark.parametrize("steps", [0, 5, 260])
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Pendulum-v1"])
+def test_a_batch_continues_its_running_episodes_to_the_bit(env_id, steps, capfd):
+    args = ppo.Args(env_id=f"Batched/disabled-{env_id}", num_envs=3)
+    envs, others, rng = ppo.Envs(args, range(3)), ppo.Envs(args, range(3)), np.random.default_rng(1)
+    actions = rng.normal(size=(steps + 200, 3, *envs.action_space.shape)).astype(np.float32)
+    for action in actions[:steps]:
+        envs.step(action)
+    others.load_state_dict({name: copy.deepcopy(value) for name, value in envs.state_dict().items()})
+    for action in actions[steps:]:
+        rows = envs.step(action), others.step(action)
+        assert all(np.array_equal(rows[0][name], rows[1][name]) for name in rows[0])
+        assert np.array_equal(envs.obs, others.obs)
+    assert not capfd.readouterr().err
+
+
 def test_no_two_episodes_of_any_two_runs_or_of_the_evaluation_share_a_seed():
     seeds = []
     for run_seed in (0, 1, 2):
@@ -95,9 +146,8 @@ def test_no_two_episodes_of_any_two_runs_or_of_the_evaluation_share_a_seed():
         for indices in (range(8), [-1]):
             envs = ppo.Envs(args, indices)
             for _ in range(40):
-                seeds += [env.unwrapped.np_random_seed for env in envs.envs]
-                for i in range(len(indices)):
-                    envs.reset(i)
+                seeds += [env.unwrapped.np_random_seed for env in envs.vector_env.envs]
+                envs.reset(np.ones(len(indices), dtype=bool))
     assert len(set(seeds)) == len(seeds) == 3 * 9 * 40
 
 
