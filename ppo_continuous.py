@@ -148,6 +148,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     for name, value in asdict(args).items():
         if name == "total_timesteps":
             break
+        if name == "env_kwargs" and args.eval is not None:  # a policy may be tried on a variant of its environment
+            continue
         if value != saved[name]:
             fail(f"--{name.replace('_', '-')} {value}: the run in {path} has {saved[name]}; leave the flag out")
     return args
@@ -157,8 +159,8 @@ def check(args: Args):
     """Exit with 2 and one line for what no run could use. A field of your own needs no entry here."""
     for low, high, names in [
         (1, math.inf, "num_envs num_steps update_epochs num_minibatches torch_threads eval_max_steps"),
-        (0, math.inf, "eval_episodes eval_every checkpoint_every"),
-        (0, sys.float_info.max, "learning_rate clip_coef ent_coef vf_coef max_grad_norm target_kl"),
+        (0, math.inf, "eval_episodes eval_every checkpoint_every max_grad_norm"),
+        (0, sys.float_info.max, "learning_rate clip_coef ent_coef vf_coef target_kl"),
         (0, 1, "gamma gae_lambda"),
         (0, 2**32 - 1, "seed"),
         (-20, 20, "log_std_init"),
@@ -464,7 +466,11 @@ class Gaussian:
     """Actions [..., A] from N(mean, diag exp(log_std)^2)."""
 
     def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
-        self.mean, self.mode, self.log_std = mean, mean, log_std
+        self.mean, self.log_std = mean, log_std
+
+    @property
+    def mode(self) -> torch.Tensor:
+        return self.mean
 
     def sample(self, noise: torch.Tensor) -> torch.Tensor:
         return torch.addcmul(self.mean, self.log_std.exp(), noise)

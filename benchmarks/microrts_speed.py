@@ -1,4 +1,4 @@
-"""How fast the MicroRTS games of ppo_multidiscrete_joint_loss.py are: a markdown table of steps/s.
+"""How fast the games of environments/microrts.py are: a markdown table of steps/s.
 
 Random actions within the masks, each row in a process of its own, which is warmed up first, since Java compiles what it
 runs for 20 s or so. Only the environment is timed, not the drawing of actions. Steps per second of processor time, that
@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import ppo_multidiscrete_joint_loss as ppo  # noqa: E402
+from environments import microrts  # noqa: E402
 
 
 @dataclass
@@ -49,23 +49,23 @@ def draw(masks: np.ndarray, action_mode: str, rng) -> np.ndarray:
         cells = np.where(masks[:, :, 0], rng.random(masks.shape[:2]), -1).argmax(1)
         masks = masks[n, cells][:, None]
     u = np.where(masks[:, :, 1:], rng.random((*masks.shape[:2], masks.shape[2] - 1), dtype=np.float32), -1)
-    parts = np.split(u, np.cumsum(ppo.MICRORTS_COMPONENTS)[:-1], -1)
+    parts = np.split(u, np.cumsum(microrts.COMPONENTS)[:-1], -1)
     orders = np.stack([part.argmax(-1) for part in parts], -1)
     return orders if action_mode == "gridnet" else np.column_stack([cells, orders[:, 0]])
 
 
 def measure(size: str, opponent: str, action_mode: str, num_envs: str, warm_up: str, seconds: str):
     """Print steps/s by the clock and by processor time."""
-    name, kwargs = f"MicroRTS-{size}-basesWorkers", {"action_mode": action_mode}
-    envs = ppo.MicroRTSVectorEnv(int(num_envs), name, (opponent,), **kwargs)
+    name = f"MicroRTS-{size}-basesWorkers"
+    envs = microrts.MicroRTSVectorEnv(int(num_envs), name, opponent, action_mode=action_mode)
     rng = np.random.default_rng(0)
-    envs.reset()
+    _, info = envs.reset()
     for duration in (float(warm_up), float(seconds)):
         clock, processor, steps, started = 0.0, 0.0, 0, time.perf_counter()
         while time.perf_counter() - started < duration:
-            actions = draw(envs.action_masks, action_mode, rng)
+            actions = draw(info["action_mask"], action_mode, rng)
             before = time.perf_counter(), time.process_time()
-            envs.step(actions)
+            info = envs.step(actions)[-1]
             clock += time.perf_counter() - before[0]
             processor += time.process_time() - before[1]
             steps += envs.num_envs

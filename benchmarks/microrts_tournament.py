@@ -3,9 +3,10 @@
     python benchmarks/microrts_tournament.py                            # the finished runs of joint_loss_microrts.sh
     python benchmarks/microrts_tournament.py --opponents workerRushAI --jobs 1
 
-A match is `ppo_multidiscrete_joint_loss.py --eval RUN --opponent BOT`, which draws from the policy: against a greedy
-one most bots play the same game over and over. Matches that the file has, with as many games, are skipped, so that a
-killed tournament goes on where it was. report.py joint_loss_microrts makes the table.
+A match is `ppo_multidiscrete_joint_loss.py --eval RUN` with the bot in --env-kwargs in place of those of the training.
+The script draws from the policy: against a greedy one most bots play the same game over and over. Matches that the file
+has, with as many games, are skipped, so that a killed tournament goes on where it was. report.py joint_loss_microrts
+makes the table.
 """
 
 import json
@@ -31,7 +32,7 @@ class Args:
     results: Path = HERE / "results/microrts_tournament.csv"
     """where the rows go"""
     opponents: tuple[str, ...] = ("passiveAI", "randomBiasedAI", "workerRushAI", "lightRushAI", "coacAI")
-    """the bots; naiveMCTSAI thinks for 0.1 s a step, which makes an hour of 100 games"""
+    """the bots, also by their Java names; naiveMCTSAI thinks for 0.1 s a step, which makes an hour of 100 games"""
     games: int = 100
     """games a match"""
     jobs: int = 2
@@ -45,8 +46,10 @@ def key_of(row: dict) -> tuple[str, ...]:
 def play(run: Path, opponent: str, games: int) -> dict:
     """The row of a match. Raises RuntimeError with the end of its output when it fails."""
     args = json.loads((run / "config.json").read_text())["args"]
-    command = [sys.executable, str(SCRIPT), "--eval", str(run), "--opponent", opponent, "--eval-episodes", str(games)]
-    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    kwargs = json.dumps({**json.loads(args["env_kwargs"]), "opponents": [opponent]})
+    command = [sys.executable, str(SCRIPT), "--eval", str(run), "--env-id", args["env_id"], "--env-kwargs", kwargs]
+    command += ["--eval-episodes", str(games), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     said = re.search(r"^evaluation: (\d+) episodes.* success ([\d.]+)%$", done.stdout, re.MULTILINE)
     if done.returncode or not said:
         raise RuntimeError(f"{' '.join(command[1:])}: {(done.stdout + done.stderr)[-500:]}")

@@ -776,6 +776,15 @@ def test_what_made_a_run_cannot_change(of_a_run, flags, finished, error_line):
     assert snapshot(finished) == before
 
 
+def test_a_policy_can_be_evaluated_on_a_variant_of_its_environment(tmp_path, capfd):
+    run_dir = train(tmp_path, "--env-id", "HalfCheetah-v4")
+    results = []
+    for kwargs in ({}, {"forward_reward_weight": 0.0, "ctrl_cost_weight": 0.0}):
+        main(parse_args(["--eval", str(run_dir), "--env-kwargs", json.dumps(kwargs)]))
+        results.append(capfd.readouterr().out)
+    assert results[0] != results[1] and "return 0.00 +- 0.00" in results[1]
+
+
 def test_resume_and_eval_exclude_each_other(finished, error_line):
     line = error_line("--resume", finished, "--eval", finished)
     assert "--resume" in line and "--eval" in line
