@@ -23,8 +23,8 @@ For states s, actions a and advantages A gathered with the policy pi_old, maximi
     Adaptive: after each iteration d = E[KL]; d < d_targ / 1.5 halves beta, d > 1.5 d_targ doubles it.
     Fixed: beta stays. Nothing is clipped, and KL is that of the two Gaussians, not an estimate from the samples.
 
-L_V is half the squared error of V against the GAE return, S the entropy. The rest follows "The 37 Implementation
-Details of PPO" (Huang et al. 2022), continuous control, except where a comment says why not.
+L_V is half the squared error of V against the GAE return, S the entropy. All else is as in "The 37 Implementation
+Details of PPO" (Huang et al. 2022) for continuous control; comments mark the exceptions.
 
     python ppo_klpen.py --env-id HalfCheetah-v4    # then --resume or --eval with the folder that it names
 """
@@ -104,7 +104,7 @@ class Args:
     track: bool = False  # copy the metrics to Weights & Biases: pip install wandb==0.31.0
     wandb_project: str = "compound-action-rl"  # the project there
     wandb_entity: str | None = None  # the user or team there
-    # Until here: what makes a run, and stays when it is resumed or evaluated. From here on: what may change.
+    # Above: fixed for the life of a run. Below: may change with --resume and --eval; total_timesteps comes first.
     total_timesteps: int = 1_000_000  # environment steps in all; only whole batches are run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks learn; auto: cuda when there is one
     compile: bool = True  # compile the update to one graph with torch.compile
@@ -143,8 +143,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
                 raise TypeError(f"{name} is {saved[name]}")
         default = Args(**saved)
     except (OSError, ValueError, LookupError, TypeError, typeguard.TypeCheckError) as error:
-        fail(f"{flag} {path}: {config} is not that of a {Path(__file__).stem} run ({type(error).__name__}: {error})")
-    if ":" in default.env_id and args.env_id != default.env_id:  # somebody else's folder imports nothing by itself
+        fail(f"{flag} {path}: {config} is of no {Path(__file__).stem} run ({type(error).__name__}: {error})")
+    if ":" in default.env_id and args.env_id != default.env_id:  # import no module just because a file names it
         fail(f"{path} needs the module in {default.env_id}: if you trust it, repeat --env-id {default.env_id}")
     args = tyro.cli(Args, args=argv, default=default)
     for name, value in asdict(args).items():
@@ -179,7 +179,7 @@ def check(args: Args):
         ("--total-timesteps", args.total_timesteps < batch_size, f"must be at least the batch of {batch_size} steps"),
         ("--exp-name", set(args.exp_name) & set("/\\:"), "goes into a folder's name, so it cannot have / \\ or :"),
         ("--device", args.device == "cuda" and not torch.cuda.is_available(), "needs a GPU that torch finds"),
-        ("--eval", None not in (args.eval, args.resume), "cannot go with --resume"),
+        ("--eval", args.eval is not None and args.resume is not None, "cannot go with --resume"),
         ("--eval-every", args.eval_every and not args.eval_episodes, "evaluates nothing with --eval-episodes 0"),
         ("--eval", args.eval is not None and not args.eval_episodes, "evaluates nothing with --eval-episodes 0"),
         ("--track", args.track and importlib.util.find_spec("wandb") is None, "needs pip install wandb==0.31.0"),
@@ -193,20 +193,20 @@ def check(args: Args):
 
 def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None) -> gym.Env:
     """An environment with flat observations and Box actions; exits with 2 for any other."""
-    about, Box = f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}'", gym.spaces.Box
+    about = f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}'"
     try:
         kwargs = {**json.loads(args.env_kwargs), **({"render_mode": "rgb_array"} if video_dir else {})}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is out of date")  # the v4 ids are meant
+            warnings.filterwarnings("ignore", message=".*is out of date")  # the v4 ids are chosen on purpose
             env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
         space = env.observation_space
-        if not isinstance(space, Box) or len(space.shape) in (0, 2):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) in (0, 2):
             env = gym.wrappers.FlattenObservation(env)  # of a Discrete, a Dict or a Tuple too
     except Exception as error:  # whatever a third party's constructor raises is about this id and these kwargs
         fail(f"{about}: {type(error).__name__}: {error}")
-    if not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         fail(f"{about}: observations are {space}; images, Boxes of three or more dimensions, are not supported yet")
-    if not isinstance(env.action_space, Box):
+    if not isinstance(env.action_space, gym.spaces.Box):
         fail(f"{about}: actions are {env.action_space}, not a Box; the README names the script for this space")
     if args.rescale_actions and not env.action_space.is_bounded():
         fail(f"--rescale-actions: {args.env_id} has no bounds to map [-1, 1] onto: {env.action_space}")
@@ -235,15 +235,15 @@ class Loop:
         self.envs = envs
         self.single_observation_space = envs[0].observation_space
         self.single_action_space = envs[0].action_space
+        self.shape = envs[0].observation_space.shape
 
     def checked(self, obs):
-        shape = self.single_observation_space.shape
-        if np.shape(obs) != shape:  # some of these an assignment would broadcast
-            raise ValueError(f"observation of shape {np.shape(obs)}, needed is shape {shape}")
+        if np.shape(obs) != self.shape:  # the assignment would broadcast some of these without a word
+            raise ValueError(f"observation of shape {np.shape(obs)}, expected is {self.shape}")
         return obs
 
     def reset(self, seed: list, options: dict):
-        obs = np.zeros((len(self.envs), *self.single_observation_space.shape), dtype=np.float32)
+        obs = np.zeros((len(self.envs), *self.shape), dtype=np.float32)
         infos = [{} for _ in self.envs]
         for i in np.flatnonzero(options["reset_mask"]):
             try:
@@ -256,7 +256,7 @@ class Loop:
 
     def step(self, actions: np.ndarray):
         N = len(self.envs)
-        obs = np.empty((N, *self.single_observation_space.shape), dtype=np.float32)
+        obs = np.empty((N, *self.shape), dtype=np.float32)
         rewards = np.empty(N)
         terminated, truncated = np.empty((2, N), dtype=bool)
         infos = [{}] * N
@@ -271,10 +271,10 @@ class Loop:
         return obs, rewards, terminated, truncated, infos
 
 
-def make_vector_env(args: Args, num_envs: int, **options):
+def make_vector_env(args: Args, num_envs: int, **env_options):
     """The id's own vector environment, where it has one that leaves the resets to us, or a Loop."""
-    env, disabled = make_env(args, **options), gym.vector.AutoresetMode.DISABLED
-    if env.spec.vector_entry_point is not None and not options:
+    env, disabled = make_env(args, **env_options), gym.vector.AutoresetMode.DISABLED
+    if env.spec.vector_entry_point is not None and not env_options:
         try:
             vector_env = gym.make_vec(args.env_id, num_envs, autoreset_mode=disabled, **json.loads(args.env_kwargs))
             same_obs = vector_env.single_observation_space == env.observation_space
@@ -284,7 +284,7 @@ def make_vector_env(args: Args, num_envs: int, **options):
             pass
         except Exception as error:
             fail(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {type(error).__name__}: {error}")
-    return Loop([env, *(make_env(args, **options) for _ in range(num_envs - 1))])
+    return Loop([env, *(make_env(args, **env_options) for _ in range(num_envs - 1))])
 
 
 def info_of(infos, i: int) -> dict:
@@ -308,11 +308,11 @@ class Envs:
     are kept, another process can repeat a running episode.
     """
 
-    def __init__(self, args: Args, indices, **make_env_options):
+    def __init__(self, args: Args, indices, **env_options):
         N = len(indices)
         self.args = args
         self.indices = indices
-        self.vector_env = make_vector_env(args, N, **make_env_options)
+        self.vector_env = make_vector_env(args, N, **env_options)
         self.observation_space = self.vector_env.single_observation_space
         self.action_space = self.vector_env.single_action_space
         self.global_step = 0
@@ -321,7 +321,7 @@ class Envs:
         self.returns = np.zeros(N)
         self.discounted = np.zeros(N)
         self.lengths = np.zeros(N, dtype=np.int64)
-        self.history = []  # the last actions [N, A], as drawn: as many as the longest running episode has
+        self.history = []  # the last actions [N, A], as drawn, as far back as the longest running episode
         self.finished = []  # (global_step, return, length, last info) of the episodes that have ended
         self.reset(np.ones(N, dtype=bool))
 
@@ -389,7 +389,8 @@ class Envs:
             try:
                 for _ in range(200):
                     if done.any():
-                        seen.append(pickle.dumps(vector_env.reset(seed=seeds, options={"reset_mask": done})[0][done]))
+                        obs, _ = vector_env.reset(seed=seeds, options={"reset_mask": done})
+                        seen.append(pickle.dumps(obs[done]))
                     actions = np.stack([space.sample() for _ in range(N)])
                     obs, rewards, terminated, truncated, _ = vector_env.step(actions)
                     seen.append(pickle.dumps((obs, rewards)))
@@ -399,7 +400,7 @@ class Envs:
             return seen
 
         before = generators()
-        for first in range(0, 8, N):  # at least eight episodes of new environments
+        for first in range(0, max(8, 2 * N), N):  # eight new ones at least; the first time, the old are new too
             seeds = list(range(first, first + N))
             if outcome(self.vector_env, seeds) != outcome(make_vector_env(self.args, N), seeds):
                 return True
@@ -421,10 +422,11 @@ class Envs:
                 self.reset(again)
 
         try:
-            for t in range(L):  # one that is shorter than L repeats its first steps until it is its turn
-                phase = (t - np.where(t < L - lengths, 0, L - lengths)) % np.maximum(lengths, 1)
+            for t in range(L):  # all step together; where an episode is shorter than L, its beginning fills the rest
+                idle = L - lengths
+                phase = (t - np.where(t < idle, 0, idle)) % np.maximum(lengths, 1)
                 start(phase == 0)
-                self.step(history[np.minimum(L - lengths + phase, L - 1), np.arange(N)])
+                self.step(history[np.minimum(idle + phase, L - 1), np.arange(N)])
             start(lengths == 0)
         except Exception:  # of an episode that went another way
             different[:] = True
@@ -435,7 +437,9 @@ class Envs:
             self.episode[different] = episode[different]
             self.reset(different)
             which = f"the episodes of environments {np.array(self.indices)[different].tolist()} start again"
-            notice(f"{which}: {self.args.env_id} has state besides its seed and actions, so this run is no exact copy")
+            notice(
+                f"{which}: {self.args.env_id} does not repeat them exactly, so the run differs from one never stopped"
+            )
 
 
 # ===== Agent ==========================================================================================================
@@ -522,11 +526,19 @@ class Agent(nn.Module):
             self.actor_logstd = nn.Parameter(log_std, requires_grad=args.std_type == "independent")
 
     def normalize(self, obs: torch.Tensor) -> torch.Tensor:
-        """Raw observations to network inputs. The statistics move between iterations only (and after the first
-        rollout), so that acting, evaluation and every epoch of an iteration see the same inputs."""
+        """Raw observations to network inputs. The statistics move between iterations only (and once before the
+        first update), so that acting, evaluation and every epoch of an iteration see the same inputs."""
         if not self.norm_obs:
             return obs
         return ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10)
+
+    def value(self, obs: torch.Tensor) -> torch.Tensor:
+        """V [...] for raw obs [..., O]."""
+        return self.critic(self.normalize(obs)).squeeze(-1)
+
+    def forward(self, function, *args):
+        """function(agent, *args): so torch.func.functional_call can evaluate it at other parameters."""
+        return function(self, *args)
 
     def policy(self, obs: torch.Tensor) -> Gaussian:
         """The distribution of actions [..., A] for raw obs [..., O]."""
@@ -534,31 +546,23 @@ class Agent(nn.Module):
         log_std = self.actor_logstd(hidden) if isinstance(self.actor_logstd, nn.Linear) else self.actor_logstd
         return Gaussian(self.actor_mean(hidden), log_std)
 
-    def value(self, obs: torch.Tensor) -> torch.Tensor:
-        """V [...] for raw obs [..., O]."""
-        return self.critic(self.normalize(obs)).squeeze(-1)
-
     def noise(self, *shape: int) -> torch.Tensor:
         """What the policy's sample() takes: standard normal [*shape, A]."""
         return torch.randn(*shape, self.actor_mean.out_features)
-
-    def forward(self, function, *args):
-        """function(agent, *args): so torch.func.functional_call can evaluate it at other parameters."""
-        return function(self, *args)
 
 
 # ===== Rollout ========================================================================================================
 
 
 @torch.inference_mode()
-def rollout(envs: Envs, actor: Agent, args: Args) -> dict:
-    """T steps of N environments with `actor`, the agent on the CPU: rows [T, N, ...], each one real transition. Actions
-    are stored as drawn; only the environment sees them clipped. FloatingPointError names the earliest nan or inf."""
+def rollout(envs: Envs, agent: Agent, args: Args) -> dict:
+    """T steps of N environments, acting on the CPU: rows [T, N, ...], each one real transition. Actions are stored as
+    drawn; only the environment sees them clipped. FloatingPointError names the earliest nan or inf."""
     first_step = envs.global_step + args.num_envs
     steps, rows = [], {}
     try:
-        for noise in actor.noise(args.num_steps, args.num_envs):
-            actions = actor.policy(torch.from_numpy(envs.obs)).sample(noise).numpy()
+        for noise in agent.noise(args.num_steps, args.num_envs):  # drawn for all steps at once
+            actions = agent.policy(torch.from_numpy(envs.obs)).sample(noise).numpy()
             steps.append({"obs": envs.obs, "actions": actions})
             steps[-1] |= envs.step(actions)
         rows = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
@@ -622,7 +626,7 @@ def make_batch(rows: dict, agent: Agent, device: torch.device, args: Args) -> di
 
 
 def loss(agent: Agent, batch: dict, args: Args):
-    """The objective above, negated, over a minibatch [M, ...]: a scalar, and {metric: scalar} for the log."""
+    """The file's objective, negated, over a minibatch [M, ...]: a scalar, and {metric: scalar} for the log."""
     pi, values = agent.policy(batch["obs"]), agent.value(batch["obs"])
     logratio = pi.log_prob(batch["actions"]) - batch["logprobs"]
     advantages = batch["advantages"]
@@ -681,7 +685,8 @@ def update_step(optimizer: dict, learning_rate, batch: dict, indices: torch.Tens
     def loss_at(theta, minibatch):
         return torch.func.functional_call(agent, unflatten(theta, agent), (loss, minibatch, args))
 
-    all_metrics, beta1, beta2, eps = [], 0.9, 0.999, 1e-5  # eps as in the 37 details
+    beta1, beta2, adam_eps = 0.9, 0.999, 1e-5  # as in the 37 details
+    all_metrics = []
     for rows in indices.unbind(0):
         minibatch = {name: tensor.index_select(0, rows) for name, tensor in batch.items()}
         grad, metrics = torch.func.grad(loss_at, has_aux=True)(optimizer["theta"], minibatch)
@@ -691,7 +696,7 @@ def update_step(optimizer: dict, learning_rate, batch: dict, indices: torch.Tens
         exp_avg = beta1 * optimizer["exp_avg"] + (1 - beta1) * grad
         exp_avg_sq = beta2 * optimizer["exp_avg_sq"] + (1 - beta2) * grad**2
         step_size = (learning_rate / (1 - beta1**step)).float()
-        denominator = exp_avg_sq.sqrt() / (1 - beta2**step).sqrt().float() + eps
+        denominator = exp_avg_sq.sqrt() / (1 - beta2**step).sqrt().float() + adam_eps
         theta = optimizer["theta"] - step_size * exp_avg / denominator
         optimizer = {"theta": theta, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
     return optimizer, list(metrics), torch.stack(all_metrics).mean(0)
@@ -705,16 +710,16 @@ def steps_per_call(args: Args) -> int:
 def compile_update(agent: Agent, optimizer: dict, learning_rate, batch: dict, args: Args):
     """update_step for this agent and these args, compiled by a first call. Where that fails, for want of a C++ compiler
     say, or gives another gradient, a notice says why, and it stays uncompiled."""
-    step = functools.partial(update_step, agent=agent, args=args)
+    plain = functools.partial(update_step, agent=agent, args=args)
     if not args.compile:
-        return step
+        return plain
     if learning_rate.is_cuda:
         options = {"triton.cudagraphs": True}
-    else:  # a C++ wrapper has the least overhead; without the header (4 s) and the probes (6 s) a cold start takes half
+    else:  # the least overhead a call; no precompiled header (4 s), no probes of the CPU (6 s): half the cold start
         options = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True}
     options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe  # agent and args stay as they are
     torch.compiler.reset()  # the graphs of earlier runs in this process would count against a limit
-    graph = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+    graph = torch.compile(plain, fullgraph=True, dynamic=False, options=options)
 
     def cuda_graph(*inputs):
         torch.compiler.cudagraph_mark_step_begin()
@@ -727,30 +732,34 @@ def compile_update(agent: Agent, optimizer: dict, learning_rate, batch: dict, ar
     try:
         indices = torch.arange(len(batch["obs"]), device=learning_rate.device).view(args.num_minibatches, -1)
         inputs = optimizer, learning_rate, batch, indices[: steps_per_call(args)]
-        found, plain = compiled(*inputs)[0]["theta"], step(*inputs)[0]["theta"]
-        error = (found - plain).norm() / (plain - optimizer["theta"]).norm().clamp(min=1e-9)
-        if not error < 0.01:  # compilers have lost gradients without a word (github.com/pytorch/pytorch/issues/189895)
-            raise ArithmeticError(f"the compiled step is {error:.0%} off")
+        theta, found, expected = optimizer["theta"], compiled(*inputs)[0]["theta"], plain(*inputs)[0]["theta"]
+        typical = (expected - theta).square().mean().sqrt()
+        moved = unflatten(found - theta, agent)
+        for name, move in unflatten(expected - theta, agent).items():
+            size = move.norm() + 0.1 * typical * math.sqrt(move.numel()) + 1e-12
+            error = (moved[name] - move).norm() / size
+            if not error < 0.01:  # compilers have lost gradients silently (github.com/pytorch/pytorch/issues/189895)
+                raise ArithmeticError(f"the compiled step of {name} is {error:.0%} off")
         return compiled
     except Exception as error:  # a mistake in the loss will show again, with its traceback, in the plain function
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         notice(f"the update runs uncompiled, several times slower ({reason})")
-        return step
+        return plain
     finally:
         gc.freeze()  # half a million objects that no later collection need look at
         gc.enable()
 
 
-def update(step, agent: Agent, optimizer: dict, learning_rate, batch: dict, args: Args) -> dict:
+def update(run_steps, agent: Agent, optimizer: dict, learning_rate, batch: dict, args: Args) -> dict:
     """The epochs of an iteration, each a new random cut of the batch into minibatches. Moves agent and optimizer;
     returns {metric: mean over all minibatches}."""
-    optimizer["theta"] = init_optimizer(agent)["theta"]
+    optimizer["theta"] = init_optimizer(agent)["theta"]  # whatever has changed the agent since the last update
     means = []
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch["obs"])).view(args.num_minibatches, -1).to(learning_rate.device)
         calls = order.split(steps_per_call(args))
         for indices in calls:
-            new, names, values = step(optimizer, learning_rate, batch, indices)
+            new, names, values = run_steps(optimizer, learning_rate, batch, indices)
             optimizer.update(new)
             means.append(values)
         if args.target_kl is not None:
@@ -787,9 +796,9 @@ def replace_file(path: Path, content):
         temporary.unlink(missing_ok=True)
 
 
-def save(run_dir: Path, actor: Agent, optimizer: dict, envs: Envs, progress: dict):
+def save(run_dir: Path, agent: Agent, optimizer: dict, envs: Envs, progress: dict):
     """Write episodes.csv, checkpoint.pt, what --resume needs, and model.pt, what --eval needs."""
-    model, rng = actor.state_dict(), torch.get_rng_state()
+    model, rng = agent.state_dict(), torch.get_rng_state()
     checkpoint = {"agent": model, "optimizer": optimizer, "envs": envs.state_dict(), "rng": rng, "progress": progress}
     replace_file(run_dir / "episodes.csv", progress["episodes"])
     replace_file(run_dir / "checkpoint.pt", checkpoint)
@@ -820,7 +829,7 @@ def load(path: Path, agent: Agent, optimizer=None, envs=None, progress=None):
 
 def create_run(args: Args) -> Path:
     """The folder of a new run, with its config.json."""
-    git = "git describe --always --dirty --abbrev=40"
+    git = "git describe --always --dirty --abbrev=40"  # through a shell, a missing git is no exception
     here = Path(__file__).resolve().parent
     config = {
         "args": asdict(args),
@@ -869,13 +878,13 @@ def episode_means(finished: list) -> dict:
 
 
 @torch.inference_mode()
-def evaluate(actor: Agent, args: Args, run_dir: Path) -> list:
+def evaluate(agent: Agent, args: Args, run_dir: Path) -> list:
     """Greedy episodes, as in Envs.finished; the statistics stand still. Films, if any, go to the run's folder."""
     video_dir = run_dir / "videos" / str(int(time.time())) if args.capture_video else None
     envs = Envs(args, [-1], evaluation=True, video_dir=video_dir)
     for number in tqdm(range(args.eval_episodes), "evaluation", leave=False, disable=None):  # None: on a terminal only
         while len(envs.finished) == number:
-            envs.step(actor.policy(torch.from_numpy(envs.obs)).mode.numpy())
+            envs.step(agent.policy(torch.from_numpy(envs.obs)).mode.numpy())
     envs.vector_env.envs[0].close()
     if any(length == args.eval_max_steps for _, _, length, _ in envs.finished):
         notice(f"the evaluation has cut episodes after --eval-max-steps {args.eval_max_steps}")
@@ -897,6 +906,7 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
     if progress["iteration"] >= iterations and result_json.exists() and "eval_returns" in result_json.read_text():
         print(f"{run_dir} is finished; with --total-timesteps N it goes on to N")
         return
+    result_json.unlink(missing_ok=True)  # a shorter run's
     if progress["iteration"] > 0:  # a kill may have come between the checkpoint and its model
         replace_file(run_dir / "model.pt", agent.state_dict())
         replace_file(run_dir / "episodes.csv", progress["episodes"])
@@ -908,9 +918,8 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
     if args.track and args.resume is not None:
         start_tracking(args, run_dir)
 
-    actor = agent if device.type == "cpu" else Agent(envs, args)  # for a few rows a GPU takes longer
-    actor.load_state_dict(agent.state_dict())
-    step = None
+    cpu_agent = agent if device.type == "cpu" else copy.deepcopy(agent).cpu()  # for a few rows a GPU takes longer
+    run_steps = None
     compile_seconds = 0.0
     saved_at = time.monotonic()
     size = f"{iterations * batch_size:,} steps, {iterations} x {args.num_envs} x {args.num_steps}"
@@ -925,9 +934,11 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
             writer.file_writer.add_summary(summary)
 
         def keep_best(finished: list):
-            if args.eval_every and episode_means(finished)["episodic_return"] > progress["best_return"]:
-                progress["best_return"] = episode_means(finished)["episodic_return"]
-                replace_file(run_dir / "best.pt", actor.state_dict())
+            score = episode_means(finished).get("episodic_return", -math.inf)
+            if args.eval_every and score > progress["best_return"]:
+                progress["best_return"] = score
+                replace_file(run_dir / "best.pt", cpu_agent.state_dict())
+                save(run_dir, cpu_agent, optimizer, envs, progress)
 
         def log(prefix: str, scalars: dict):
             for name, value in scalars.items():
@@ -937,20 +948,20 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
             started = time.perf_counter()
             if args.anneal_lr:
                 learning_rate.fill_(args.learning_rate * (1 - (iteration - 1) / iterations))
-            rows = rollout(envs, actor, args)
+            rows = rollout(envs, cpu_agent, args)
             no_statistics = agent.obs_rms.count == 0
             if no_statistics:  # else the first update would learn on inputs of another scale
                 agent.obs_rms.update(rows["obs"])
             batch = make_batch(rows, agent, device, args)
-            if step is None:
+            if run_steps is None:
                 bar.set_postfix_str("first update, to be compiled" if args.compile else "first update")
                 compile_started = time.perf_counter()
-                step = compile_update(agent, optimizer, learning_rate, batch, args)
+                run_steps = compile_update(agent, optimizer, learning_rate, batch, args)
                 compile_seconds = time.perf_counter() - compile_started
-                started += compile_seconds
+                started += compile_seconds  # it is no training time
                 bar.set_postfix_str("no episode yet")
             agent.kl_beta.fill_(progress["kl_beta"])
-            metrics = update(step, agent, optimizer, learning_rate, batch, args)
+            metrics = update(run_steps, agent, optimizer, learning_rate, batch, args)
             with torch.no_grad():
                 kl = Gaussian(batch["mean"], batch["log_std"]).kl(agent.policy(batch["obs"])).mean().item()
             metrics |= {"kl": kl, "kl_beta": progress["kl_beta"]}
@@ -961,7 +972,7 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
                     raise FloatingPointError(f"{name} is nan or inf at step {envs.global_step:,}")
             if not no_statistics:
                 agent.obs_rms.update(rows["obs"])
-            actor.load_state_dict(agent.state_dict())
+            cpu_agent.load_state_dict(agent.state_dict())
             progress["iteration"] = iteration
             progress["seconds"] += time.perf_counter() - started
 
@@ -974,18 +985,18 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
                 bar.set_postfix_str(f"last return {episodic_return:.2f}", refresh=False)
             envs.finished.clear()
             if args.eval_every and iteration % args.eval_every == 0 and iteration < iterations:
-                finished = evaluate(actor, args, run_dir)
+                finished = evaluate(cpu_agent, args, run_dir)
                 keep_best(finished)
                 log("eval", episode_means(finished))
             if time.monotonic() - saved_at >= args.checkpoint_every or iteration == iterations:
                 writer.flush()
-                save(run_dir, actor, optimizer, envs, progress)
+                save(run_dir, cpu_agent, optimizer, envs, progress)
                 saved_at = time.monotonic()
 
         result = {"iteration": progress["iteration"], "global_step": envs.global_step, "seconds": progress["seconds"]}
         result |= {"sps": int(envs.global_step / progress["seconds"]), "compile_seconds": compile_seconds}
         replace_file(result_json, json.dumps(result, indent=2))
-        finished = evaluate(actor, args, run_dir) if args.eval_episodes else []
+        finished = evaluate(cpu_agent, args, run_dir) if args.eval_episodes else []
         keep_best(finished)
         result["eval_returns"] = [episode[1] for episode in finished]
         if "is_success" in episode_means(finished):
@@ -1008,7 +1019,6 @@ def main(args: Args):
     if not args.rescale_actions and not ((-10 <= low) & (low <= -0.1) & (0.1 <= high) & (high <= 10)).all():
         notice(f"the policy starts around [-1, 1], actions lie in {envs.action_space}: see --rescale-actions")
     agent = Agent(envs, args).to(device)
-    optimizer = init_optimizer(agent)
     progress = {"iteration": 0, "seconds": 0.0, "episodes": "global_step,return,length\n", "best_return": -math.inf}
     progress["kl_beta"] = args.kl_beta
     model = args.eval if args.eval is not None else args.init_from
@@ -1016,9 +1026,15 @@ def main(args: Args):
     if model is not None and not resumed:
         model = Path(model) if model.endswith(".pt") else Path(model) / "model.pt"
         load(model, agent)
+    optimizer = init_optimizer(agent)
     run_dir = None
     hook = threading.excepthook
-    threading.excepthook = lambda died: issubclass(died.exc_type, OSError) or hook(died)  # TensorBoard's come up here
+
+    def hook_but_for_disks(died):  # TensorBoard's thread leaves an OSError to the next call in this one
+        if not issubclass(died.exc_type, OSError):
+            hook(died)
+
+    threading.excepthook = hook_but_for_disks
     try:
         if args.eval is not None:
             evaluate(agent.cpu(), args, model.parent)
@@ -1039,7 +1055,7 @@ def main(args: Args):
             raise
         if isinstance(error, OSError):
             fail(f"{run_dir or args.runs_dir}: {error}")
-        fail(f"{error}; the last checkpoint in {run_dir} is good", status=1)
+        fail(f"{error}; a checkpoint in {run_dir} is from before", status=1)
     finally:
         threading.excepthook = hook
 

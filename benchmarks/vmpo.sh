@@ -3,7 +3,8 @@
 # ppo_continuous.py with the same rollout and network; which of its parts matter, on two of them, 1M steps; and one long
 # pair. N iterations can move log sigma by N sqrt(eps_alpha_cov / dimensions), so the default, which is for 1M steps, is
 # divided by 9 for 3M and by 400 for 20M. These runs start from sigma 0.37: from 1 Ant learned nothing in its first
-# million steps; PPO runs from both.
+# million steps; PPO runs from both. The committed results are of the first version, which had --control-variate by
+# default; --fresh runs them again, as the script is now.
 # Kill it when you like and start it again. Flags go to the runner: --jobs 8, --dry-run, --cluster auto.
 #
 #     pip install -r benchmarks/requirements.txt && benchmarks/vmpo.sh
@@ -36,12 +37,12 @@ continuous="Hopper-v4 Walker2d-v4 HalfCheetah-v4 Ant-v4 Humanoid-v4"
             }
             ablation default
             ablation all-samples --no-top-half
-            ablation no-control-variate --no-control-variate
+            ablation control-variate --control-variate
             ablation coupled --kl coupled
-            for period in 1 10 100; do ablation "period-$period" --target-period "$period"; done
+            for period in 10 100; do ablation "period-$period" --target-period "$period"; done
             for epochs in 1 16; do ablation "epochs-$epochs" --update-epochs "$epochs"; done
             ablation popart --popart
-            ablation nstep --advantage nstep
+            ablation nstep --gae-lambda 1
             ablation sigma-0.37 --log-std-init -1
         done
     done
