@@ -1,86 +1,86 @@
-"""vmpo.py: each term of its loss against float64 formulas written out here, its target network, PopArt and memory."""
+"""vmpo.py: each term of its loss against float64 formulas written out here, its target network, PopArt, learning."""
 
+import copy
 import csv
-import json
+import itertools
 import math
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
+import re
 from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import KILLER, assert_same_outcome, only
+from conftest import ROOT, assert_same_outcome, load, only
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributions import Categorical, Normal, kl_divergence
 
 import vmpo
 
-torch.set_num_threads(1)  # as the script does; two lose time on networks this small
-
-SCRIPT = Path(__file__).parents[1] / "vmpo.py"
+CPU = torch.device("cpu")
 SPACES = {"gaussian": Box(-1, 1, (3,)), "softmax": Discrete(4), "factors": MultiDiscrete([3, 2, 5])}
 SMALL = "--num-envs 4 --num-steps 64 --num-minibatches 4 --update-epochs 2 --eval-episodes 1 --device cpu".split()
 
 
-def agent_for(space, obs_dim=5, seed=0, **settings):
+def agent_for(space, seed=0, **settings):
     torch.manual_seed(seed)
     args = vmpo.Args(**settings)
-    env = SimpleNamespace(observation_space=Box(-9, 9, (obs_dim,)), action_space=space)
-    return vmpo.Agent(env, args), args
+    envs = SimpleNamespace(observation_space=Box(-9, 9, (5,)), action_space=space)
+    return vmpo.make_agent(envs, args), args
 
 
-def distributions(policy, space):
-    """The policy's factors as torch.distributions."""
-    if isinstance(space, Box):
-        return [Normal(factor[..., 0], factor[..., 1].exp()) for factor in policy.unbind(1)]
-    sizes = np.ravel(getattr(space, "nvec", getattr(space, "n", None)))
-    return [Categorical(probs=factor[..., :n].exp()) for n, factor in zip(sizes, policy.unbind(1))]
+def distributions(pi) -> list:
+    """A policy's sub-actions as torch.distributions."""
+    if isinstance(pi, vmpo.Gaussian):
+        return [Normal(mean, log_std.exp()) for mean, log_std in zip(pi.mean.unbind(-1), pi.log_std.unbind(-1))]
+    return [Categorical(probs=log_probs.exp()) for log_probs in pi.log_probs.unbind(-2)]
 
 
-def whole_batch(space, B=24, rho=False, **settings):
-    """An agent in float64, a batch that another, older policy gathered, and what else the loss takes."""
+def whole_batch(kind, B=24, rho=False, **settings):
+    """An agent in float64, and a batch that another, older policy gathered; with rho the target is not that policy."""
+    space = SPACES[kind]
     agent, args = agent_for(space, **settings)
     old, _ = agent_for(space, seed=1, **settings)
-    agent, old = agent.double(), old.double()
+    agent, old = agent.double(), old.double().requires_grad_(False)
     for module in (agent, old):  # policies that differ, in heads that start at almost 0
         torch.manual_seed(7 if module is agent else 8)
-        for parameter in module.parameters():
-            parameter.data += 0.3 * torch.randn_like(parameter)
+        for name, parameter in module.named_parameters():
+            parameter.data += (0.05 if name.startswith("torso") else 0.3) * torch.randn_like(parameter)
     agent.duals.data = torch.rand_like(agent.duals) + 0.3
-    generator = torch.Generator().manual_seed(3)
-    obs = torch.randn(B, 5, generator=generator, dtype=torch.float64)
-    target = old.policy(obs).detach()
-    behaviour = target.roll(1, 0) if rho else target
-    torch.manual_seed(4)
-    actions = torch.stack([d.sample() for d in distributions(target, space)], -1).double()
-    advantages = torch.randn(B, generator=generator, dtype=torch.float64)
-    log_rho = -torch.rand(B, generator=generator, dtype=torch.float64) * rho
     if args.popart:  # V in a unit of mean 3 and standard deviation 2
-        agent.value_rms.shift.fill_(3.0), agent.value_rms.scale.fill_(0.5)
+        agent.value_rms.shift.fill_(3.0)
+        agent.value_rms.scale.fill_(0.5)
+    torch.manual_seed(3)
+    obs = torch.randn(B, 5, dtype=torch.float64)
+    masks = torch.ones(B, int(vmpo.nvec_of(space).sum()), dtype=torch.bool)
+    pi_old = old.policy(obs, masks)
+    pi_b = old.policy(obs.roll(1, 0), masks) if rho else pi_old
+    actions = torch.stack([d.sample() for d in distributions(pi_b)], -1)
+    advantages = torch.randn(B, dtype=torch.float64)
     batch = {
         "obs": obs,
-        "done": torch.zeros(B, dtype=torch.bool),
+        "masks": masks,
         "actions": actions,
-        "behaviour": behaviour,
-        "target": target,
-        "logprobs": vmpo.describe(behaviour, actions, agent.discrete)[0],
-        "log_rho": log_rho,
+        "logprobs": pi_b.log_prob(actions),
+        "log_rho": -torch.rand(B, dtype=torch.float64) * rho,
         "advantages": advantages,
-        "selected": advantages >= advantages.median() + 1e-9,
-        "returns": torch.randn(B, generator=generator, dtype=torch.float64),
-        "values": torch.randn(B, generator=generator, dtype=torch.float64),
+        "selected": advantages > advantages.median(),
+        "returns": torch.randn(B, dtype=torch.float64),
+        "values": torch.randn(B, dtype=torch.float64),
+        **{f"old_{name}": tensor for name, tensor in vars(pi_old).items()},
+        **{f"behaviour_{name}": tensor for name, tensor in vars(pi_b).items()},
     }
     return agent, args, batch
 
 
-def params_of(agent) -> dict:
-    return {name: p.detach().clone().requires_grad_() for name, p in agent.named_parameters() if p.requires_grad}
+def gradients(agent, batch, args, rows=None):
+    """{name: gradient}, 0 where there is none, and {metric: float}."""
+    params = {name: p for name, p in agent.named_parameters() if p.requires_grad}
+    total, metrics = vmpo.loss(agent, batch, args, rows)
+    found = torch.autograd.grad(total, params.values(), allow_unused=True)
+    grads = {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(params.items(), found)}
+    return grads, {"total": total.item(), **{name: value.item() for name, value in metrics.items()}}
 
 
 # --- E-step -------------------------------------------------------------------------------------------------------
@@ -143,29 +143,44 @@ def test_equal_advantages_have_equal_weights():
 
 CASES = [
     ("gaussian", {}),
-    ("gaussian", {"rho": True, "norm_adv": False, "std_type": "state", "clip_vloss": False}),
-    ("gaussian", {"kl": "coupled", "rho": True}),
-    ("gaussian", {"control_variate": False}),
-    ("gaussian", {"kl_per_dimension": True, "std_type": "state"}),
-    ("gaussian", {"kl_per_dimension": True, "kl": "coupled"}),
-    ("gaussian", {"dual_parameterisation": "softplus", "ent_coef": 0.01}),
-    ("gaussian", {"std_type": "fixed"}),
+    ("gaussian", {"rho": True, "norm_adv": False, "std_type": "state"}),
+    ("gaussian", {"kl": "coupled", "rho": True, "ent_coef": 0.01}),
+    ("gaussian", {"control_variate": True, "rho": True}),
+    ("gaussian", {"network": "shared", "std_type": "state", "vf_coef": 1.0}),
+    ("gaussian", {"std_type": "fixed", "norm_obs": False}),
     ("gaussian", {"popart": True}),
     ("softmax", {"norm_adv": False}),
-    ("softmax", {"control_variate": False}),
-    ("softmax", {"rho": True, "vf_coef": 1.0}),
+    ("softmax", {"control_variate": True, "network": "shared"}),
+    ("softmax", {"rho": True, "vf_coef": 1.0, "ent_coef": 0.01}),
     ("factors", {"rho": True}),
-    ("factors", {"kl_per_dimension": True, "dual_parameterisation": "softplus"}),
+    ("factors", {"control_variate": True, "popart": True}),
 ]
 
 
-def loss_by_hand(agent, params, batch, space, args):
-    """The docstring's L_pi + L_eta + L_alpha + c_v L_V - c_e S from torch.distributions, and its KLs [C, A]."""
-    policy, V = torch.func.functional_call(agent, params, (batch["obs"],))
-    new, old = distributions(policy, space), distributions(batch["target"], space)
-    raw = params["duals"]
-    duals = torch.log1p(raw.exp()) + 1e-8 if args.dual_parameterisation == "softplus" else raw
-    eta, alphas = duals[0], duals[1:]
+def policy_by_hand(agent, obs, kind) -> list:
+    """The sub-actions' torch.distributions, from the agent's layers."""
+    hidden = agent.actor(agent.torso(obs))
+    if kind != "gaussian":
+        return [Categorical(logits=part) for part in agent.actor_mean(hidden).split(agent.nvec, -1)]
+    log_std = agent.actor_logstd
+    if isinstance(log_std, torch.nn.Linear):
+        log_std = log_std(hidden)
+    mean = agent.actor_mean(hidden)
+    return [Normal(mean[:, k], log_std.expand_as(mean)[:, k].exp()) for k in range(3)]
+
+
+def given_by_hand(batch, prefix, kind) -> list:
+    """The same of the distributions that a batch holds."""
+    if kind == "gaussian":
+        return [Normal(batch[f"{prefix}mean"][:, k], batch[f"{prefix}log_std"][:, k].exp()) for k in range(3)]
+    nvec = vmpo.nvec_of(SPACES[kind])
+    return [Categorical(probs=batch[f"{prefix}log_probs"][:, k, :n].exp()) for k, n in enumerate(nvec)]
+
+
+def loss_by_hand(agent, batch, kind, args):
+    """The docstring's L_pi + L_eta + L_alpha + c_v L_V - c_e S, and the KLs that are bounded."""
+    new, old = policy_by_hand(agent, batch["obs"], kind), given_by_hand(batch, "old_", kind)
+    eta, alphas = agent.duals[0], agent.duals[1:]
     A = batch["advantages"]
     A = (A - A.mean()) / ((A - A.mean()) ** 2).sum().div(len(A) - 1).sqrt().add(1e-8) if args.norm_adv else A
     D = [i for i in range(len(A)) if batch["selected"][i]]
@@ -174,103 +189,92 @@ def loss_by_hand(agent, params, batch, space, args):
     logp = sum(d.log_prob(batch["actions"][:, k]) for k, d in enumerate(new))
     L_pi = -sum(p * logp[i] for p, i in zip(psi, D))
     if args.control_variate:
-        acted = distributions(batch["behaviour"], space)
+        acted = given_by_hand(batch, "behaviour_", kind)
         logp_b = sum(d.log_prob(batch["actions"][:, k]) for k, d in enumerate(acted))
         L_pi = L_pi + (logp - logp_b + sum(kl_divergence(b, n) for b, n in zip(acted, new))).mean()
     L_eta = eta * args.eps_eta + eta * (sum(weights) / len(D)).log()
-    if isinstance(space, Box) and args.kl == "decoupled":
-        kl = torch.stack(
-            [
-                torch.stack([kl_divergence(o, Normal(n.loc, o.scale)).mean() for o, n in zip(old, new)]),
-                torch.stack([kl_divergence(o, Normal(o.loc, n.scale)).mean() for o, n in zip(old, new)]),
-            ]
-        )
+    if kind == "gaussian" and args.kl == "decoupled":
+        kls = {
+            "kl_mean": sum(kl_divergence(o, Normal(n.loc, o.scale)) for o, n in zip(old, new)).mean(),
+            "kl_cov": sum(kl_divergence(o, Normal(o.loc, n.scale)) for o, n in zip(old, new)).mean(),
+        }
     else:
-        kl = torch.stack([kl_divergence(o, n).mean() for o, n in zip(old, new)])[None]
-    bounded = kl if args.kl_per_dimension else kl.sum(1, keepdim=True)
+        kls = {"kl": sum(kl_divergence(o, n) for o, n in zip(old, new)).mean()}
+    assert len(alphas) == len(kls)
     L_alpha = 0
-    for c, eps in zip(range(len(kl)), (args.eps_alpha, args.eps_alpha_cov)):
-        for k in range(bounded.shape[1]):
-            alpha, d = alphas[c * bounded.shape[1] + k], bounded[c, k]
-            L_alpha = L_alpha + alpha * (eps - d.detach()) + alpha.detach() * d
-    error = (V - batch["returns"]) ** 2
-    if args.popart:  # in V's unit: the critic's output against the return less 3, over 2
-        critic = {name.removeprefix("critic."): p for name, p in params.items() if name.startswith("critic.")}
-        output = torch.func.functional_call(agent.critic, critic, (batch["obs"],)).squeeze(-1)
-        error = (output - (batch["returns"] - 3) / 2) ** 2
-    if args.clip_vloss:
-        held = batch["values"] + (V - batch["values"]).clamp(-args.clip_coef, args.clip_coef)
-        error = torch.maximum(error, (held - batch["returns"]) ** 2)
+    for alpha, eps, kl in zip(alphas, (args.eps_alpha, args.eps_alpha_cov), kls.values()):
+        L_alpha = L_alpha + alpha * (eps - kl.detach()) + alpha.detach() * kl
+    output = agent.critic_value(agent.critic(agent.torso(batch["obs"]))).squeeze(-1)
+    returns = (batch["returns"] - 3) / 2 if args.popart else batch["returns"]  # in V's unit
     S = sum(d.entropy() for d in new).mean()
-    return L_pi + L_eta + L_alpha + args.vf_coef * error.mean() / 2 - args.ent_coef * S, kl
+    return L_pi + L_eta + L_alpha + args.vf_coef * ((output - returns) ** 2).mean() / 2 - args.ent_coef * S, kls
 
 
-@pytest.mark.parametrize("kind, settings", CASES)
+@pytest.mark.parametrize("kind, settings", CASES, ids=str)
 def test_the_loss_and_its_gradient_are_the_docstring_s(kind, settings):
-    agent, args, batch = whole_batch(SPACES[kind], **settings)
+    agent, args, batch = whole_batch(kind, **settings)
     rows = torch.randperm(24, generator=torch.Generator().manual_seed(5))
-    params = {name: p.detach() for name, p in params_of(agent).items()}
-    grads, (total, metrics) = torch.func.grad_and_value(vmpo.loss, has_aux=True)(params, agent, batch, rows, {}, args)
-    reference = params_of(agent)
-    expected, kl = loss_by_hand(agent, reference, batch, SPACES[kind], args)
-    expected.backward()
-    np.testing.assert_allclose(total, expected.item(), rtol=1e-9)
-    assert grads.keys() == reference.keys()
-    for name, parameter in reference.items():
-        slope = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        np.testing.assert_allclose(grads[name], slope, rtol=1e-7, atol=1e-12, err_msg=name)
-    named = dict(zip(vmpo.METRICS, metrics.tolist()))
-    assert named["kl_mean"] == pytest.approx(kl[0].sum().item(), rel=1e-9)
-    assert ("kl_cov" in named) == (kind == "gaussian" and args.kl == "decoupled")
-    if "kl_cov" in named:
-        assert named["kl_cov"] == pytest.approx(kl[1].sum().item(), rel=1e-9)
+    grads, metrics = gradients(agent, batch, args, rows)
+    expected, kls = loss_by_hand(agent, batch, kind, args)
+    params = {name: p for name, p in agent.named_parameters() if p.requires_grad}
+    assert metrics["total"] == pytest.approx(expected.item(), rel=1e-9)
+    for (name, found), wanted in zip(grads.items(), torch.autograd.grad(expected, params.values())):
+        np.testing.assert_allclose(found, wanted, rtol=1e-7, atol=1e-11, err_msg=name)
+    assert {name for name in metrics if name.startswith("kl")} == set(kls)
+    for name, kl in kls.items():
+        assert kl > 1e-3 and metrics[name] == pytest.approx(kl.item(), rel=1e-9)
+
+
+def test_the_default_loss_has_no_control_variate():
+    agent, args, batch = whole_batch("gaussian")
+    found = gradients(agent, batch, args)[1]["total"]
+    args.control_variate = False
+    assert gradients(agent, batch, args)[1]["total"] == found
+    args.control_variate = True
+    assert abs(gradients(agent, batch, args)[1]["total"] - found) > 0.1
 
 
 @pytest.mark.parametrize("kind", SPACES)
 @pytest.mark.parametrize("control_variate", [True, False])
 def test_the_mean_over_minibatches_is_the_loss_of_the_whole_batch(kind, control_variate):
     """psi and the temperature's loss come from all of it, whatever the minibatch: so also for one without any of D~."""
-    agent, args, batch = whole_batch(SPACES[kind], rho=True, control_variate=control_variate)
-    gradient = torch.func.grad(vmpo.loss, has_aux=True)
-    params = {name: p.detach() for name, p in params_of(agent).items()}
-    whole, metrics = gradient(params, agent, batch, torch.arange(24), {}, args)
+    agent, args, batch = whole_batch(kind, rho=True, control_variate=control_variate)
+    whole, metrics = gradients(agent, batch, args)
     order = batch["advantages"].argsort()  # the worst half first
-    parts = [gradient(params, agent, batch, rows, {}, args) for rows in order.view(4, 6)]
+    parts = [gradients(agent, batch, args, rows) for rows in order.view(4, 6)]
     for name in whole:
-        np.testing.assert_allclose(sum(grads[name] for grads, _ in parts) / 4, whole[name], rtol=1e-7, atol=1e-12)
-    np.testing.assert_allclose(sum(m for _, m in parts) / 4, metrics, rtol=1e-9, atol=1e-12)
-    worst = dict(zip(vmpo.METRICS, parts[0][1].tolist()))
+        mean = sum(grads[name] for grads, _ in parts) / 4
+        np.testing.assert_allclose(mean, whole[name], rtol=1e-7, atol=1e-12, err_msg=name)
+    for name in metrics:
+        assert sum(m[name] for _, m in parts) / 4 == pytest.approx(metrics[name], rel=1e-9, abs=1e-12)
+    worst = parts[0][1]
     assert (worst["policy_loss"] == 0) == (not control_variate)
-    assert worst["eta_loss"] == metrics[vmpo.METRICS.index("eta_loss")]
+    assert worst["eta_loss"] == metrics["eta_loss"]
 
 
 @pytest.mark.parametrize("kind", SPACES)
 def test_the_control_variate_s_mean_is_0_for_every_policy_over_the_actions_that_pi_b_may_take(kind):
     """Exactly: summed over all choices, or by Gauss-Hermite quadrature, which 3 nodes make exact for a log-density."""
-    space = SPACES[kind]
-    agent, args, batch = whole_batch(space, rho=True)
+    agent, args, batch = whole_batch(kind, rho=True)
     one = {name: tensor[:1] for name, tensor in batch.items()} | {"selected": torch.ones(1, dtype=torch.bool)}
-    behaviour = one["behaviour"]
+    acted = given_by_hand(one, "behaviour_", kind)
     if kind == "gaussian":
         nodes, weights = np.polynomial.hermite_e.hermegauss(3)
         z = torch.cartesian_prod(*[torch.tensor(nodes)] * 3)
         probabilities = torch.cartesian_prod(*[torch.tensor(weights / weights.sum())] * 3).prod(-1)
-        actions = behaviour[0, :, 0] + z * behaviour[0, :, 1].exp()
+        actions = torch.stack([d.loc + z[:, k] * d.scale for k, d in enumerate(acted)], -1)
     else:
-        factors = [torch.arange(n) for n in np.ravel(getattr(space, "nvec", getattr(space, "n", None)))]
-        actions = torch.cartesian_prod(*factors).view(-1, len(factors))
-        probabilities = vmpo.describe(behaviour.expand(len(actions), -1, -1), actions, True)[0].exp()
+        actions = torch.cartesian_prod(*[torch.arange(n) for n in vmpo.nvec_of(SPACES[kind])]).view(-1, len(acted))
+        probabilities = sum(d.log_prob(actions[:, k]) for k, d in enumerate(acted)).exp()
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-12)
-    gradient = torch.func.grad_and_value(vmpo.loss, has_aux=True)
-    params = {name: p.detach() for name, p in params_of(agent).items()}
     means, size = {}, 0.0
     for action, probability in zip(actions, probabilities):
-        one["actions"] = action[None].double()
-        one["logprobs"] = vmpo.describe(behaviour, one["actions"], agent.discrete)[0]
+        one["actions"] = action[None]
+        one["logprobs"] = sum(d.log_prob(action[k]) for k, d in enumerate(acted))
         terms = []
         for args.control_variate in (True, False):
-            grads, (_, metrics) = gradient(params, agent, one, torch.zeros(1, dtype=torch.long), {}, args)
-            terms.append(grads | {"value": metrics[0]})
+            grads, metrics = gradients(agent, one, args)
+            terms.append(grads | {"policy_loss": torch.tensor(metrics["policy_loss"], dtype=torch.float64)})
         for name in terms[0]:
             c = terms[0][name] - terms[1][name]
             means[name] = means.get(name, 0) + probability * c
@@ -282,87 +286,83 @@ def test_the_control_variate_s_mean_is_0_for_every_policy_over_the_actions_that_
 
 def test_the_control_variate_takes_variance_from_the_policy_s_gradient():
     """Over minibatches of Hopper-v4, at the policy that acted."""
-    args = vmpo.Args(env_id="Hopper-v4", num_steps=512, update_epochs=1)
-    torch.manual_seed(0)
-    env, envs = vmpo.make_env(args), vmpo.make_envs(args, seed=0)
-    agent, running = vmpo.Agent(env, args), vmpo.start_episodes(envs, args.num_envs, seed=0)
+    agent, _, _, batch, args = collect(env_id="Hopper-v4", num_envs=8, num_steps=512)
     agent.duals.data[0] = 2.0  # where training keeps eta
-    theta = vmpo.init_optimizer(agent)["theta"]
-    rows, _ = vmpo.rollout(envs, agent, running, env.action_space, args, 0)
-    batch, _ = vmpo.make_batch(rows, agent, theta, running, vmpo.RunningMeanStd(), args)
     minibatches, variance = torch.randperm(4096).view(64, 64), {}
     for args.control_variate in (True, False):
-        gradient, params = torch.func.grad(vmpo.loss, has_aux=True), vmpo.unflatten(theta, agent)
-        grads = [gradient(params, agent, batch, rows, {}, args)[0]["actor_mean.weight"] for rows in minibatches]
+        grads = [gradients(agent, batch, args, rows)[0]["actor_mean.weight"] for rows in minibatches]
         variance[args.control_variate] = torch.stack(grads).var(0).sum().item()
     assert variance[True] < 0.8 * variance[False]
 
 
 def test_only_the_temperature_s_loss_moves_eta_and_only_alpha_s_loss_the_alphas():
-    agent, args, batch = whole_batch(SPACES["gaussian"], norm_adv=False)
-    params = {name: p.detach() for name, p in params_of(agent).items()}
-    gradient = torch.func.grad(vmpo.loss, has_aux=True)
-    grads, metrics = gradient(params, agent, batch, torch.arange(24), {}, args)
-    eta = params["duals"][0].item()
+    agent, args, batch = whole_batch("gaussian", norm_adv=False)
+    grads, metrics = gradients(agent, batch, args)
+    eta = agent.duals[0].item()
     _, _, slope = e_step_by_hand(eta, batch["advantages"], batch["selected"], np.ones(24), args.eps_eta)
-    named = dict(zip(vmpo.METRICS, metrics.tolist()))
-    expected = [slope, args.eps_alpha - named["kl_mean"], args.eps_alpha_cov - named["kl_cov"]]
+    expected = [slope, args.eps_alpha - metrics["kl_mean"], args.eps_alpha_cov - metrics["kl_cov"]]
     np.testing.assert_allclose(grads["duals"], expected, rtol=1e-8)
-
-
-def test_the_kls_are_gaussian_and_decoupled_ones_add_up_where_one_part_is_shared():
-    generator = torch.Generator().manual_seed(0)
-    old, new = torch.randn(2, 50, 3, 2, generator=generator, dtype=torch.float64).unbind(0)
-    full = kl_divergence(Normal(old[..., 0], old[..., 1].exp()), Normal(new[..., 0], new[..., 1].exp()))
-    np.testing.assert_allclose(vmpo.kl_terms(old, new, False, True)[0], full, rtol=1e-9)
-    for shared in (0, 1):
-        other = new.clone()
-        other[..., shared] = old[..., shared]
-        full = kl_divergence(Normal(old[..., 0], old[..., 1].exp()), Normal(other[..., 0], other[..., 1].exp()))
-        terms = vmpo.kl_terms(old, other, False, False)
-        np.testing.assert_allclose(terms.sum(0), full, rtol=1e-9, atol=1e-14)
-        np.testing.assert_allclose(terms[shared], 0, atol=1e-14)
 
 
 # --- Policies -----------------------------------------------------------------------------------------------------
 
 
+def test_the_kls_are_gaussian_and_decoupled_ones_add_up_where_one_part_is_shared():
+    torch.manual_seed(0)
+    mean, log_std, other_mean, other_log_std = torch.randn(4, 50, 3, dtype=torch.float64)
+    old, new = vmpo.Gaussian(mean, log_std), vmpo.Gaussian(other_mean, other_log_std)
+    full = kl_divergence(Normal(mean, log_std.exp()), Normal(other_mean, other_log_std.exp()))
+    torch.testing.assert_close(old.kl(new), full, rtol=1e-9, atol=1e-12)
+    moved = vmpo.Gaussian(other_mean, log_std)
+    torch.testing.assert_close(old.kl_mean(moved), old.kl(moved), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(old.kl_cov(moved), torch.zeros(50, 3).double(), rtol=0, atol=1e-14)
+    spread = vmpo.Gaussian(mean, other_log_std)
+    torch.testing.assert_close(old.kl_cov(spread), old.kl(spread), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(old.kl_mean(spread), torch.zeros(50, 3).double(), rtol=0, atol=1e-14)
+
+
+def test_the_kl_of_choices_is_that_of_each_sub_action_whose_missing_ones_add_nothing():
+    _, _, batch = whole_batch("factors", rho=True)
+    p, q = vmpo.Categorical(batch["old_log_probs"]), vmpo.Categorical(batch["behaviour_log_probs"])
+    pairs = zip(given_by_hand(batch, "old_", "factors"), given_by_hand(batch, "behaviour_", "factors"))
+    expected = torch.stack([kl_divergence(a, b) for a, b in pairs], -1)
+    assert expected.max() > 0.01
+    torch.testing.assert_close(p.kl(q), expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", SPACES)
 def test_actions_come_from_the_policy_and_their_probabilities_belong_to_them(kind):
-    space, n = SPACES[kind], 40_000
-    agent, _ = agent_for(space, norm_obs=False)
+    n = 40_000
+    agent, _ = agent_for(SPACES[kind], norm_obs=False)
     agent.actor_mean.weight.data *= 100
+    agent.requires_grad_(False)
     torch.manual_seed(0)
     obs = torch.randn(1, 5).expand(n, 5)
-    actions = vmpo.act(agent, obs, vmpo.draw_noise(agent, n))
-    policy = agent.policy(obs).detach()
-    factors = distributions(policy, space)
-    logprobs, entropy = vmpo.describe(policy, actions, agent.discrete)
+    masks = torch.ones(n, int(vmpo.nvec_of(SPACES[kind]).sum()), dtype=torch.bool)
+    pi, factors = agent.policy(obs, masks), policy_by_hand(agent, obs, kind)
+    actions = pi.sample(agent.noise(n))
     expected = sum(d.log_prob(actions[:, k]) for k, d in enumerate(factors))
-    np.testing.assert_allclose(logprobs, expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(entropy, sum(d.entropy() for d in factors), rtol=1e-4)
-    likeliest = vmpo.act(agent, obs[:1], torch.zeros_like(vmpo.draw_noise(agent, 1)))[0]
+    np.testing.assert_allclose(pi.log_prob(actions), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(pi.entropy(), sum(d.entropy() for d in factors), rtol=1e-4)
     for k, factor in enumerate(factors):
-        if isinstance(space, Box):
-            assert (
-                abs(actions[:, k].mean() - factor.mean[0]) < 0.03 and abs(actions[:, k].std() - factor.scale[0]) < 0.03
-            )
-            assert likeliest[k].item() == pytest.approx(factor.mean[0].item(), rel=1e-5)
+        if kind == "gaussian":
+            assert actions[:, k].mean().item() == pytest.approx(factor.mean[0].item(), abs=0.03)
+            assert actions[:, k].std().item() == pytest.approx(factor.scale[0].item(), abs=0.03)
+            assert pi.mode[0, k].item() == pytest.approx(factor.mean[0].item(), rel=1e-5)
         else:
-            share = torch.bincount(actions[:, k].long(), minlength=len(factor.probs[0])) / n
+            share = torch.bincount(actions[:, k], minlength=len(factor.probs[0])) / n
             np.testing.assert_allclose(share, factor.probs[0], atol=0.012)  # 5 standard deviations
-            assert likeliest[k] == factor.probs[0].argmax()
+            assert pi.mode[0, k] == factor.probs[0].argmax()
 
 
-def test_choices_that_a_factor_lacks_have_no_probability_and_spaces_may_start_anywhere():
-    agent, _ = agent_for(SPACES["factors"])
-    policy = agent.policy(torch.randn(6, 5))
-    assert policy.shape == (6, 3, 5) and policy.exp()[:, [0, 0, 1, 1, 1], [3, 4, 2, 3, 4]].abs().max() == 0
-    np.testing.assert_allclose(policy.exp().sum(-1).detach(), 1, rtol=1e-6)
-    actions = np.array([[2.0], [0.0]], dtype=np.float32)
-    assert vmpo.to_env(actions, Discrete(3, start=-1)).tolist() == [1, -1]
-    grid = vmpo.to_env(np.arange(4.0)[None], MultiDiscrete([[4, 4], [4, 4]]))
-    assert grid.tolist() == [[[0, 1], [2, 3]]]
+def test_choices_that_a_sub_action_lacks_have_no_probability_and_spaces_may_start_anywhere():
+    agent, args = agent_for(SPACES["factors"])
+    probs = agent.policy(torch.randn(6, 5), torch.ones(6, 10, dtype=torch.bool)).log_probs.exp()
+    assert probs.shape == (6, 3, 5) and probs[:, [0, 0, 1, 1, 1], [3, 4, 2, 3, 4]].max() == 0
+    np.testing.assert_allclose(probs.sum(-1).detach(), 1, rtol=1e-6)
+    assert vmpo.to_env(np.array([[2], [0]]), Discrete(3, start=-1), args).tolist() == [1, -1]
+    grid = vmpo.to_env(np.arange(4)[None], MultiDiscrete([[4, 4], [4, 4]], start=[[0, 0], [1, 1]]), args)
+    assert grid.tolist() == [[[0, 1], [3, 4]]]
 
 
 # --- Batch --------------------------------------------------------------------------------------------------------
@@ -382,40 +382,23 @@ class Chance(gym.Env):
         return self.np_random.normal(size=5), 100 + self.np_random.normal() * (1 + action), *map(bool, ends), {}
 
 
-class Recall(gym.Env):
-    """The first observation shows -1 or 1, the four after it nothing; the last action should tell which it was."""
-
-    observation_space, action_space = Box(-1, 1, (1,)), Discrete(2)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t, self.cue = 0, self.np_random.integers(2)
-        return np.array([2.0 * self.cue - 1]), {}
-
-    def step(self, action):
-        self.t += 1
-        return np.zeros(1), float(action == self.cue) if self.t == 5 else 0.0, self.t == 5, False, {}
-
-
 gym.register("Chance-v0", Chance)
-gym.register("Recall-v0", Recall)
 
 
-def collect(**settings):
-    """A rollout of Chance-v0 and the batch that it makes, with a target network that lags behind."""
-    args = vmpo.Args(env_id="Chance-v0", num_envs=3, num_steps=40, **settings)
-    vmpo.check_args(args)
+def collect(env_id="Chance-v0", num_envs=3, num_steps=40, **settings):
+    """A rollout and the batch that it makes, with an agent that has moved on from the target, which acted."""
+    args = vmpo.Args(env_id=env_id, num_envs=num_envs, num_steps=num_steps, compile=False, **settings)
     torch.manual_seed(0)
-    agent = vmpo.Agent(vmpo.make_env(args), args)
-    envs = vmpo.make_envs(args, 1)
-    running = vmpo.start_episodes(envs, 3, 1)
-    optimizer = vmpo.init_optimizer(agent)
-    optimizer["theta"] = optimizer["theta"] + 0.05 * torch.randn_like(optimizer["theta"])
-    rows, _ = vmpo.rollout(envs, agent, running, envs.envs[0].action_space, args, 0)
+    envs = vmpo.Envs(args, range(num_envs))
+    agent = vmpo.make_agent(envs, args)
+    target = copy.deepcopy(agent)
+    target.obs_rms, target.value_rms = agent.obs_rms, agent.value_rms
+    if env_id == "Chance-v0":
+        for parameter in agent.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    rows = vmpo.rollout(envs, target, args)
     agent.obs_rms.update(rows["obs"])
-    before = {name: tensor.clone() for name, tensor in optimizer.items()}
-    batch, _ = vmpo.make_batch(rows, agent, optimizer["theta"], running, vmpo.RunningMeanStd(), args)
-    return agent, optimizer, rows, batch, before, args
+    return agent, target, rows, vmpo.make_batch(rows, agent, target, CPU, args), args
 
 
 @pytest.mark.parametrize("top_half", [True, False])
@@ -425,39 +408,38 @@ def collect(**settings):
 )
 def test_the_better_half_has_all_that_equal_its_least(advantages, count, top_half, monkeypatch):
     monkeypatch.setattr(vmpo, "gae", lambda rewards, *_: np.float32(advantages).reshape(rewards.shape))
-    args = vmpo.Args(env_id="Chance-v0", num_envs=1, num_steps=len(advantages), top_half=top_half)
-    agent, envs = vmpo.Agent(vmpo.make_env(args), args), vmpo.make_envs(args, 1)
-    running = vmpo.start_episodes(envs, 1, 1)
-    rows, _ = vmpo.rollout(envs, agent, running, envs.envs[0].action_space, args, 0)
-    theta = vmpo.init_optimizer(agent)["theta"]
-    batch, _ = vmpo.make_batch(rows, agent, theta, running, vmpo.RunningMeanStd(), args)
+    _, _, _, batch, _ = collect(num_envs=1, num_steps=len(advantages), top_half=top_half)
     assert batch["selected"].sum() == (count if top_half else len(advantages))
     rest = batch["advantages"][~batch["selected"]].tolist()
     assert all(batch["advantages"][batch["selected"]].min() > other for other in rest)
 
 
-@pytest.mark.parametrize("advantage", ["gae", "nstep"])
-def test_values_are_the_online_network_s_the_policy_the_target_s(advantage):
-    agent, optimizer, rows, batch, _, args = collect(advantage=advantage, norm_reward=False)
-    online, _ = agent_for(Discrete(4))
-    online.load_state_dict(agent.state_dict())
-    vmpo.write_parameters(optimizer["theta"], online)
-    obs, next_obs = (agent.normalize(rows[name]) for name in ("obs", "next_obs"))
-    V, next_V = online(obs)[1].detach().numpy(), online(next_obs)[1].detach().numpy()
+@pytest.mark.parametrize("gae_lambda", [0.95, 1.0])
+def test_values_are_the_online_network_s_the_policy_the_target_s(gae_lambda):
+    agent, target, rows, batch, _ = collect(gae_lambda=gae_lambda, norm_reward=False)
+    with torch.no_grad():
+        V, next_V = agent.value(rows["obs"]).numpy(), agent.value(rows["next_obs"]).numpy()
+        assert not np.allclose(V, target.value(rows["obs"]), rtol=1e-2)
+        pi_old = target.policy(rows["obs"], rows["masks"])
+        assert not np.allclose(agent.policy(rows["obs"], rows["masks"]).log_probs, pi_old.log_probs, rtol=1e-2)
     np.testing.assert_allclose(batch["values"].view(40, 3), V, rtol=1e-5)
-    np.testing.assert_allclose(batch["target"].view(40, 3, 1, 4), agent(obs)[0].detach(), rtol=1e-5)
-    assert not np.allclose(V, agent(obs)[1].detach(), rtol=1e-2)
-    lam = 0.95 if advantage == "gae" else 1.0
+    for name in ("old_log_probs", "behaviour_log_probs"):
+        np.testing.assert_allclose(batch[name].view(40, 3, 1, 4), pi_old.log_probs, rtol=1e-5)
     expected = np.zeros((40, 3))
-    for n in range(3):  # from each row on to the episode's or the rollout's end
-        for t in range(40):
-            weight = 1.0
-            for k in range(t, 40):
-                successor = 0.0 if rows["terminated"][k, n] else 0.99 * next_V[k, n]
-                expected[t, n] += weight * (rows["rewards"][k, n].item() + successor - V[k, n])
-                if rows["done"][k, n]:
-                    break
-                weight *= 0.99 * lam
+    for n, t in itertools.product(range(3), range(40)):  # from each row on to the episode's or the rollout's end
+        weight = 1.0
+        for k in range(t, 40):
+            successor = 0.0 if rows["terminated"][k, n] else 0.99 * next_V[k, n]
+            expected[t, n] += weight * (rows["rewards"][k, n].item() + successor - V[k, n])
+            if rows["done"][k, n]:
+                break
+            weight *= 0.99 * gae_lambda
+    if gae_lambda == 1:  # the paper's n-step return, less V
+        n_step, k = 0.0, int(rows["done"][:, 0].float().argmax())
+        for t in range(k + 1):
+            n_step += 0.99**t * rows["rewards"][t, 0].item()
+        n_step += 0.0 if rows["terminated"][k, 0] else 0.99 ** (k + 1) * next_V[k, 0]
+        assert expected[0, 0] == pytest.approx(n_step - V[0, 0], rel=1e-5)
     np.testing.assert_allclose(batch["advantages"].view(40, 3), expected, rtol=1e-3, atol=1e-2)
     np.testing.assert_allclose(batch["returns"].view(40, 3), expected + V, rtol=1e-3, atol=1e-2)
     assert batch["log_rho"].abs().max() == 0
@@ -467,257 +449,270 @@ def test_values_are_the_online_network_s_the_policy_the_target_s(advantage):
 
 
 def test_popart_changes_the_unit_and_not_the_values():
-    agent, optimizer, rows, batch, before, args = collect(popart=True)
-    obs = agent.normalize(rows["obs"])
+    agent, _, rows, batch, _ = collect(popart=True)
     assert abs(agent.value_rms.shift) > 100 and agent.value_rms.scale < 0.1  # rewards are 100 or so
-    plain, _ = agent_for(Discrete(4), popart=True)
-    plain.obs_rms.load_state_dict(agent.obs_rms.state_dict())
-    vmpo.write_parameters(before["theta"], plain)
-    values = torch.func.functional_call(agent, vmpo.unflatten(optimizer["theta"], agent), (obs,))[1]
-    assert not torch.equal(before["theta"], optimizer["theta"])
-    np.testing.assert_allclose(values.detach(), plain(obs)[1].detach(), atol=2e-4)
-    torch.manual_seed(0)
-    untouched = vmpo.Agent(vmpo.make_env(args), args)  # the target network, as it was
-    untouched.obs_rms.load_state_dict(agent.obs_rms.state_dict())
-    np.testing.assert_allclose(agent(obs)[1].detach(), untouched(obs)[1].detach(), atol=2e-4)
+    np.testing.assert_allclose(agent.value(rows["obs"]).detach().flatten(), batch["values"], atol=2e-4)
     returns = batch["returns"].double()
     np.testing.assert_allclose(agent.value_rms.shift, returns.mean(), rtol=1e-5)
     np.testing.assert_allclose(1 / agent.value_rms.scale, returns.std(correction=0), rtol=1e-4)
+    in_unit = (batch["returns"] - batch["values"]) * agent.value_rms.scale
+    np.testing.assert_allclose(batch["advantages"], in_unit, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size, sigma", [(1e-9, 1e-2), (1e12, 1e6)])
 def test_popart_s_unit_has_bounds_and_forgets_slowly(size, sigma):
     agent, args = agent_for(Discrete(2), popart=True, update_epochs=5, num_minibatches=2)
-    theta = vmpo.init_optimizer(agent)["theta"]
-    with torch.no_grad():
-        vmpo.popart(agent, theta, np.random.default_rng(0).normal(size=1000) * size, args)
-        assert 1 / agent.value_rms.scale.item() == pytest.approx(sigma, rel=1e-5)
-        vmpo.popart(agent, theta, np.full(1000, size), args)
+    vmpo.popart(agent, torch.from_numpy(np.random.default_rng(0).normal(size=1000) * size), args)
+    assert 1 / agent.value_rms.scale.item() == pytest.approx(sigma, rel=1e-5)
+    vmpo.popart(agent, torch.full((1000,), size, dtype=torch.float64), args)
     # The second thousand has a weight of 5 x 2 x 1e-4 against what is kept of the first, 1000 of them: so one half.
     assert agent.value_rms.mean.item() == pytest.approx(0.5 * size, rel=0.1)
-    with torch.no_grad():
-        for _ in range(3000):
-            vmpo.popart(agent, theta, np.zeros(1000), args)
-    kept = agent.value_rms.mean.item() / size
+    for _ in range(3000):
+        vmpo.popart(agent, torch.zeros(1000), args)
     # 1 / 1000 a call once a thousand calls are in
-    assert kept == pytest.approx(1e-3 * math.exp(-2), rel=0.1)
+    assert agent.value_rms.mean.item() / size == pytest.approx(1e-3 * math.exp(-2), rel=0.1)
 
 
 # --- Update -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parameterisation", ["projection", "softplus"])
-def test_multipliers_stay_positive_and_have_their_own_step(parameterisation):
-    agent, args, batch = whole_batch(
-        SPACES["gaussian"], dual_parameterisation=parameterisation, dual_learning_rate=50.0, eps_alpha=1e6
-    )
-    start, _ = agent_for(SPACES["gaussian"], dual_parameterisation=parameterisation)
-    initial = torch.nn.functional.softplus(start.duals) if parameterisation == "softplus" else start.duals
-    np.testing.assert_allclose(initial.detach(), 1, rtol=1e-6)
-    optimizer = vmpo.init_optimizer(agent)
-    assert torch.equal(optimizer["theta"][:3], agent.duals.detach())
-    coefs = {"learning_rate": torch.tensor(1e-3, dtype=torch.float64)}
-    after, _ = vmpo.update_step(optimizer, batch, torch.arange(24)[None], coefs, agent, args)
-    moved = (after["theta"] - optimizer["theta"]).abs()
-    assert moved[3:].max() <= 1.001e-3
-    if parameterisation == "projection":
-        assert after["theta"][1] == 1e-8
-    else:
-        assert moved[1] == pytest.approx(50, rel=1e-3)
-        duals = dict(zip(vmpo.METRICS, vmpo.update_step(after, batch, torch.arange(24)[None], coefs, agent, args)[1]))
-        assert duals["alpha_mean"] > 0
+@pytest.mark.parametrize("max_grad_norm", [0.5, math.inf])
+def test_a_step_is_adam_s_with_a_rate_of_its_own_and_no_clipping_for_the_multipliers(max_grad_norm):
+    agent, args, batch = whole_batch("gaussian", max_grad_norm=max_grad_norm, dual_learning_rate=0.02)
+    reference = copy.deepcopy(agent)
+    others = [p for p in reference.parameters() if p is not reference.duals]
+    groups = [{"params": [reference.duals], "lr": 0.02}, {"params": others, "lr": 1e-3}]
+    adam, norms = torch.optim.Adam(groups, eps=1e-5), []
+    indices = torch.randperm(24, generator=torch.Generator().manual_seed(5)).view(3, 8)
+    for rows in indices:
+        adam.zero_grad()
+        vmpo.loss(reference, batch, args, rows)[0].backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(others, max_grad_norm))
+        adam.step()
+        reference.duals.data.clamp_(min=1e-8)
+    assert min(norms) > 0.5
+    learning_rate = torch.tensor(1e-3, dtype=torch.float64)
+    after, _, _ = vmpo.update_step(vmpo.init_optimizer(agent), learning_rate, batch, indices, agent, args)
+    wanted = vmpo.init_optimizer(reference)["theta"]
+    np.testing.assert_allclose(after["theta"], wanted, rtol=1e-6, atol=1e-8)
 
 
-def test_alphas_of_a_softmax_start_at_5():
+def test_multipliers_stay_positive():
+    agent, args, batch = whole_batch("gaussian", dual_learning_rate=50.0, eps_alpha=1e6, eps_alpha_cov=1e6)
+    learning_rate = torch.tensor(1e-3, dtype=torch.float64)
+    inputs = learning_rate, batch, torch.arange(24).view(2, 12), agent, args
+    after, _, _ = vmpo.update_step(vmpo.init_optimizer(agent), *inputs)
+    assert after["theta"][:3].tolist()[1:] == [1e-8, 1e-8]  # eta rises
+    after, _, metrics = vmpo.update_step(after, *inputs)
+    assert metrics.isfinite().all() and after["theta"][:3].min() >= 1e-8
+
+
+def test_multipliers_start_at_1_and_the_alpha_of_choices_at_5():
+    assert agent_for(SPACES["gaussian"])[0].duals.tolist() == [1, 1, 1]
+    assert agent_for(SPACES["gaussian"], kl="coupled")[0].duals.tolist() == [1, 1]
     assert agent_for(SPACES["softmax"])[0].duals.tolist() == [1, 5]
-    assert agent_for(SPACES["factors"], kl_per_dimension=True)[0].duals.tolist() == [1, 5, 5, 5]
+    assert agent_for(SPACES["factors"])[0].duals.tolist() == [1, 5]
 
 
-@pytest.mark.parametrize("period", [1, 3, 8, 20])
+@pytest.mark.parametrize("period", [0, 1, 3, 6, 8, 20])
 @pytest.mark.parametrize("weights", [True, False])
-def test_the_target_follows_every_so_many_gradient_steps(period, weights, monkeypatch):
-    agent, optimizer, rows, batch, _, args = collect(
-        target_period=period, num_minibatches=4, update_epochs=2, importance_weights=weights, compile=False
-    )
-    copies = []
-    refresh = vmpo.refresh_target
+def test_the_target_follows_every_so_many_gradient_steps_whatever_ends_the_batches(period, weights, monkeypatch):
+    settings = {"num_minibatches": 4, "update_epochs": 2, "importance_weights": weights}
+    agent, target, rows, batch, args = collect(target_period=period, **settings)
+    kept = {name: batch[name].clone() for name in ("logprobs", "behaviour_log_probs")}
+    optimizer, refreshed = vmpo.init_optimizer(agent), []
+    refresh = vmpo.refresh
 
-    def watched(agent, theta, batch, args):
-        refresh(agent, theta, batch, args)
-        policy = agent(batch["obs"])[0]
-        assert torch.equal(batch["target"], policy)
-        lag = vmpo.describe(policy, batch["actions"], True)[0] - batch["logprobs"]
-        expected = torch.minimum(lag, torch.zeros(())) if weights else torch.zeros(len(lag))
-        np.testing.assert_allclose(batch["log_rho"], expected.detach(), atol=1e-6)
-        copies.append(theta.clone())
+    def watched(target, theta, batch, args):
+        refresh(target, theta, batch, args)
+        refreshed.append((int(optimizer["step"]), theta.clone()))
+        assert torch.equal(vmpo.init_optimizer(target)["theta"], theta)
+        with torch.no_grad():
+            pi_old = target.policy(batch["obs"], batch["masks"])
+        assert torch.equal(batch["old_log_probs"], pi_old.log_probs)
+        log_rho = torch.minimum(pi_old.log_prob(batch["actions"]) - batch["logprobs"], torch.zeros(()))
+        np.testing.assert_allclose(batch["log_rho"], log_rho if weights else torch.zeros(120), atol=1e-6)
 
-    monkeypatch.setattr(vmpo, "refresh_target", watched)
-    step = vmpo.compile_update(agent, optimizer, {}, batch, args)
-    coefs, behaviour, steps = {"learning_rate": torch.tensor(1e-3)}, batch["logprobs"].clone(), []
-    for _ in range(5):  # 8 gradient steps each
-        optimizer, _ = vmpo.update(step, agent, optimizer, batch, coefs, args)
-        steps.append(len(copies))
-        if copies:
-            assert torch.equal(vmpo.init_optimizer(agent)["theta"], copies[-1])
-    assert steps == [8 * (i + 1) // period for i in range(5)]
-    assert torch.equal(batch["logprobs"], behaviour)
-
-
-def script(*flags, **env):
-    command = [sys.executable, SCRIPT, *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
+    monkeypatch.setattr(vmpo, "refresh", watched)
+    learning_rate, ends = torch.tensor(1e-3), []
+    step = vmpo.compile_update(agent, optimizer, learning_rate, batch, args)
+    for args.target_kl in (None, 1e-12, 1e-12, None, 1e-12):  # a small one ends a batch after its first pass
+        vmpo.update(step, agent, target, optimizer, learning_rate, batch, args)
+        ends.append(int(optimizer["step"]))
+        assert torch.equal(vmpo.init_optimizer(agent)["theta"], optimizer["theta"])
+        if refreshed:
+            assert torch.equal(vmpo.init_optimizer(target)["theta"], refreshed[-1][1])
+    assert ends == [8, 12, 16, 24, 28]
+    assert [steps for steps, _ in refreshed] == (ends if period == 0 else list(range(period, 29, period)))
+    assert all(torch.equal(batch[name], before) for name, before in kept.items())
 
 
-def run(runs_dir, *flags) -> Path:
+# --- Runs ---------------------------------------------------------------------------------------------------------
+
+
+def run(runs_dir, *flags):
     """A run in this process, for speed; its folder."""
     vmpo.main(vmpo.parse_args([*SMALL, "--runs-dir", str(runs_dir), *map(str, flags)]))
     return only(runs_dir)
 
 
 def logged(folder, name) -> list:
-    events = EventAccumulator(str(folder)).Reload()
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return [event.value for event in events.Scalars(f"losses/{name}")]
+
+
+def test_the_target_acts_and_the_agent_is_the_online_network_also_in_model_pt(tmp_path, monkeypatch):
+    acted, evaluated = [], []
+    rollout, evaluate = vmpo.rollout, vmpo.evaluate
+
+    def watched_rollout(envs, actor, args):
+        acted.append(actor.actor_mean.weight.detach().clone())
+        return rollout(envs, actor, args)
+
+    def watched_evaluate(actor, args, run_dir):
+        evaluated.append(actor.actor_mean.weight.detach().clone())
+        return evaluate(actor, args, run_dir)
+
+    monkeypatch.setattr(vmpo, "rollout", watched_rollout)
+    monkeypatch.setattr(vmpo, "evaluate", watched_evaluate)
+    flags = ["--env-id", "CartPole-v1", "--total-timesteps", 1024, "--no-compile", "--target-period", 20]
+    folder = run(tmp_path, *flags)  # 8 gradient steps a batch, so the third batch changes the target
+    checkpoint, model = load(folder / "checkpoint.pt"), load(folder / "model.pt")
+    assert torch.equal(acted[0], acted[1]) and torch.equal(acted[1], acted[2])
+    assert not torch.equal(acted[2], acted[3])
+    name = "actor_mean.weight"
+    assert torch.equal(checkpoint["target"][name], acted[3])
+    assert torch.equal(model[name], evaluated[0]) and torch.equal(model[name], checkpoint["agent"][name])
+    assert not torch.equal(model[name], acted[3])
+    assert torch.equal(checkpoint["optimizer"]["theta"][:2], model["duals"])
+
+
+def paper_flags() -> str:
+    """Those that benchmarks/vmpo_paper.sh gives to every run."""
+    script = (ROOT / "benchmarks" / "vmpo_paper.sh").read_text()
+    return " ".join(re.findall(r'^\w+="(--.*)"$', script, re.M))
+
+
+def test_a_run_in_the_paper_s_settings_has_a_trust_region(tmp_path, capfd):
+    flags = paper_flags()
+    assert "--target-period 100" in flags and "--update-epochs 1 --num-minibatches 1" in flags
+    flags = ["--env-id", "Pendulum-v1", "--total-timesteps", 103 * 8 * 39, "--num-envs", 8, *flags.split()]
+    folder = run(tmp_path, *flags, "--no-compile")
+    assert "trust region" not in capfd.readouterr().err
+    for name in ("kl_mean", "kl_cov"):  # before each of the steps
+        kl = logged(folder, name)
+        assert kl[0] < 1e-10 and min(kl[1:100]) > 1e-9  # the first target is the policy that starts
+        assert kl[100] < 1e-10 and min(kl[101:]) > 1e-9  # another one after 100 steps
+        alpha = logged(folder, name.replace("kl", "alpha"))
+        assert alpha[0] == 1 and all(a != b for a, b in zip(alpha, alpha[1:]))
+        assert 5e-5 < max(abs(a - b) for a, b in zip(alpha, alpha[1:])) < 2e-4  # Adam's step size is 1e-4
+    assert max(logged(folder, "kl_mean")) > 1e-5
+
+
+@pytest.mark.parametrize("flags", ["--update-epochs 1 --num-minibatches 1", "--target-period 1"])
+def test_a_notice_where_the_target_is_the_policy_itself_in_each_step(flags, tmp_path, capfd):
+    run_flags = ["--env-id", "Pendulum-v1", "--total-timesteps", 512, "--no-compile"]
+    folder = run(tmp_path / "itself", *run_flags, *flags.split())
+    assert capfd.readouterr().err.count("no trust region") == 1
+    assert max(logged(folder, "kl_mean")) < 1e-10
+    folder = run(tmp_path / "older", *run_flags, *flags.split(), "--target-period", 2)
+    assert "no trust region" not in capfd.readouterr().err
+    assert max(logged(folder, "kl_mean")) > 1e-8
+
+
+def test_the_shared_network_and_the_head_for_sigma_train(tmp_path, monkeypatch):
+    agents, init_optimizer = [], vmpo.init_optimizer
+
+    def watched(agent):
+        agents.append(copy.deepcopy(agent))
+        return init_optimizer(agent)
+
+    monkeypatch.setattr(vmpo, "init_optimizer", watched)
+    flags = ["--network", "shared", "--std-type", "state", "--no-compile"]
+    model = load(run(tmp_path, "--env-id", "Hopper-v4", "--total-timesteps", 512, *flags) / "model.pt")
+    start, end = agents[0], copy.deepcopy(agents[0])
+    end.load_state_dict(model)
+    assert [tuple(p.shape) for name, p in start.named_parameters() if name.endswith("weight")] == [
+        *[(512, 11), (256, 512)],
+        *[(256, 256), (1, 256)],
+        *[(256, 256), (3, 256), (3, 256)],
+    ]
+    for name, before in start.named_parameters():
+        assert not torch.equal(before, model[name]), name
+    spread = end.policy(torch.randn(50, 11), torch.ones(50, 0, dtype=torch.bool)).log_std
+    assert spread.std(0).min() > 1e-3
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v4"])
 def test_alphas_rise_while_the_kl_exceeds_its_bound_and_fall_while_it_does_not(env_id, tmp_path):
     flags = ["--env-id", env_id, "--total-timesteps", 2560, "--no-compile", "--target-period", 8]
     flags += ["--dual-learning-rate", 0.5, "--learning-rate", 3e-3, "--no-anneal-lr"]
-    flags += ["--no-control-variate"]  # with it the covariance moves too little in 10 iterations to be held back
-    tight = run(tmp_path / "tight", *flags, "--eps-alpha", "1e-9", "--eps-alpha-cov", "1e-12")
+    tight = run(tmp_path / "tight", *flags, "--eps-alpha", "1e-8", "--eps-alpha-cov", "1e-8")
     loose = run(tmp_path / "loose", *flags, "--eps-alpha", "10", "--eps-alpha-cov", "10")
-    names = ["mean", "cov"] if env_id == "Hopper-v4" else ["mean"]
-    for name in names:
-        rising, falling = logged(tight, f"alpha_{name}"), logged(loose, f"alpha_{name}")
+    names = [("kl_mean", "alpha_mean"), ("kl_cov", "alpha_cov")] if env_id == "Hopper-v4" else [("kl", "alpha")]
+    for kl, alpha in names:
+        rising, falling = logged(tight, alpha), logged(loose, alpha)
         assert len(rising) == 10 and all(a < b for a, b in zip(rising, rising[1:]))
         assert all(a > b or b < 1e-7 for a, b in zip(falling, falling[1:])) and falling[-1] < falling[0]
-        assert np.mean(logged(tight, f"kl_{name}")[-3:]) < 0.5 * np.mean(logged(loose, f"kl_{name}")[-3:])
+        assert np.mean(logged(tight, kl)[-3:]) < 0.5 * np.mean(logged(loose, kl)[-3:])
 
 
-@pytest.mark.parametrize("flags", [["--env-id", "CartPole-v1"], ["--env-id", "Hopper-v4", "--popart"]])
-def test_compiled_and_plain_updates_agree(flags, tmp_path):
-    flags = [*flags, "--total-timesteps", 512, "--target-period", 6]
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--env-id Taxi-v4 --control-variate --popart",
+        "--env-id Hopper-v4 --network shared --std-type state --max-grad-norm inf --target-period 5",
+    ],
+)
+def test_compiled_and_plain_updates_agree(flags, tmp_path, capfd):
     models = []
     for mode in ("--compile", "--no-compile"):
-        folder = run(tmp_path / mode, *flags, mode)
-        models.append(torch.load(folder / "checkpoint.pt", weights_only=True)["optimizer"]["theta"])
+        folder = run(tmp_path / mode, *flags.split(), "--total-timesteps", 512, mode)
+        models.append(load(folder / "checkpoint.pt")["optimizer"]["theta"])
+    assert "uncompiled" not in capfd.readouterr().err
     np.testing.assert_allclose(models[0], models[1], atol=2e-5)
 
 
-def test_a_killed_run_resumes_with_multipliers_moments_target_and_the_place_in_its_period(tmp_path):
-    (tmp_path / "killer").mkdir()
-    (tmp_path / "killer" / "sitecustomize.py").write_text(KILLER)
-    flags = [*SMALL, "--env-id", "Hopper-v4", "--total-timesteps", 3072, "--no-compile", "--checkpoint-every", 3]
-    flags += ["--target-period", 38, "--popart"]  # 8 gradient steps an iteration
-    whole = script(*flags, "--runs-dir", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    env = {"KILL_BEFORE": "replace checkpoint.pt 4", "PYTHONPATH": str(tmp_path / "killer")}
-    killed = script(*flags, "--runs-dir", tmp_path / "killed", **env)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    folder, expected = only(tmp_path / "killed"), only(tmp_path / "whole")
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    theta, duals = checkpoint["optimizer"]["theta"], checkpoint["agent"]["duals"]
-    assert checkpoint["optimizer"]["step"] == 48 and not torch.equal(theta[:3], duals)  # the target is 10 steps old
-    resumed = script("--resume", folder)
-    assert resumed.returncode == 0, resumed.stderr
+def test_an_interrupted_run_resumes_with_multipliers_moments_target_and_the_place_in_its_period(tmp_path, monkeypatch):
+    flags = ["--env-id", "Hopper-v4", "--total-timesteps", 3072, "--no-compile", "--checkpoint-every", 0, "--popart"]
+    flags += ["--target-period", 38]  # 8 gradient steps an iteration
+    expected = run(tmp_path / "whole", *flags)
+    save, saved = vmpo.save, []
+
+    def save_and_interrupt(*args):
+        save(*args)
+        saved.append(args)
+        if len(saved) == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(vmpo, "save", save_and_interrupt)
+        run(tmp_path / "interrupted", *flags)
+    folder = only(tmp_path / "interrupted")
+    checkpoint = load(folder / "checkpoint.pt")
+    assert checkpoint["optimizer"]["step"] == 48  # the target is 10 steps old
+    assert not torch.equal(checkpoint["target"]["duals"], checkpoint["agent"]["duals"])
+    vmpo.main(vmpo.parse_args(["--resume", str(folder)]))
     assert_same_outcome(folder, expected)
-    ends = [torch.load(path / "checkpoint.pt", weights_only=True)["optimizer"] for path in (folder, expected)]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-
-
-# --- Memory -------------------------------------------------------------------------------------------------------
-
-
-def test_the_unrolled_core_is_the_core_that_acted():
-    args = vmpo.Args(env_id="Chance-v0", num_envs=3, num_steps=40, recurrent=True, num_minibatches=1)
-    torch.manual_seed(0)
-    agent, envs = vmpo.Agent(vmpo.make_env(args), args), vmpo.make_envs(args, 1)
-    running = vmpo.start_episodes(envs, 3, 1)
-    theta = vmpo.init_optimizer(agent)["theta"]
-    for _ in range(2):  # the second rollout begins amid episodes
-        rows, _ = vmpo.rollout(envs, agent, running, envs.envs[0].action_space, args, 0)
-    batch, _ = vmpo.make_batch(rows, agent, theta, running, vmpo.RunningMeanStd(), args)
-    assert batch["obs"].shape == (3, 40, 5 + 4 + 1 + 128) and rows["done"].sum() > 5
-    policy, values = agent(batch["obs"], batch["done"])
-    np.testing.assert_allclose(policy.detach(), batch["target"], atol=1e-5)
-    np.testing.assert_allclose(values.detach(), batch["values"], atol=1e-5)
-    done, obs, actions = rows["done"], rows["obs"], rows["actions"]
-    for t in range(39):
-        state, shown = actions[t, :, 1:], obs[t + 1]
-        kept = ~done[t]
-        assert torch.equal(shown[kept][:, -128:], state[kept]) and shown[done[t]][:, 5:].abs().sum() == 0
-        one_hot = torch.eye(4)[actions[t, kept, 0].long()]
-        assert torch.equal(shown[kept][:, 5:9], one_hot)
-        np.testing.assert_allclose(shown[kept][:, 9], rows["rewards"][t][kept], rtol=1e-6)
-        assert torch.equal(rows["next_obs"][t][:, -128:], state)  # also where the episode ends
-    changed = batch["obs"].clone()
-    changed[:, 1:, -128:] = 9  # only the first row's state is read
-    np.testing.assert_allclose(agent(changed, batch["done"])[0].detach(), policy.detach(), atol=1e-6)
-
-
-RECALL = "--env-id Recall-v0 --num-envs 16 --num-steps 30 --num-minibatches 2 --update-epochs 4 --eval-episodes 200"
-RECALL += " --target-period 8 --learning-rate 1e-3 --total-timesteps 48000 --no-compile"
-
-
-def test_memory_solves_what_none_can_without(tmp_path):
-    """Without the cue before it any policy is right half the time."""
-    results = {}
-    for flag in ("--recurrent", "--no-recurrent"):
-        folder = run(tmp_path / flag, *RECALL.split(), flag)
-        returns = [float(row["return"]) for row in csv.DictReader(open(folder / "episodes.csv"))]
-        greedy = json.loads((folder / "result.json").read_text())["eval_returns"]
-        results[flag] = np.mean(returns[-1000:]), np.mean(greedy)
-    assert min(results["--recurrent"]) > 0.95 and max(results["--no-recurrent"]) < 0.6
-
-
-def test_a_recurrent_run_resumes_to_the_bit(tmp_path):
-    flags = ["--env-id", "Hopper-v4", "--recurrent", "--total-timesteps", 1024, "--checkpoint-every", 2]
-    (tmp_path / "killer").mkdir()
-    (tmp_path / "killer" / "sitecustomize.py").write_text(KILLER)
-    whole = script(*SMALL, *flags, "--runs-dir", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    env = {"KILL_BEFORE": "replace checkpoint.pt 3", "PYTHONPATH": str(tmp_path / "killer")}
-    assert script(*SMALL, *flags, "--runs-dir", tmp_path / "killed", **env).returncode == -signal.SIGKILL
-    assert script("--resume", only(tmp_path / "killed")).returncode == 0
-    assert_same_outcome(only(tmp_path / "killed"), only(tmp_path / "whole"))
-
-
-# --- Command line -------------------------------------------------------------------------------------------------
-
-
-class Nested(Chance):
-    action_space = gym.spaces.Tuple([Discrete(2), Box(-1, 1, (2,))])
-
-
-class Unbounded(Chance):
-    action_space = Box(-np.inf, np.inf, (2,))
-
-
-gym.register("Nested-v0", Nested)
-gym.register("Unbounded-v0", Unbounded)
+    ends = [load(path / "checkpoint.pt") for path in (folder, expected)]
+    for part in ("optimizer", "target"):
+        assert all(torch.equal(ends[0][part][name], ends[1][part][name]) for name in ends[0][part])
 
 
 @pytest.mark.parametrize(
     "flags, named",
     [
-        ("--env-id Nested-v0", "hppo_hybrid.py"),
-        ("--env-id Unbounded-v0", "finite bounds"),
         ("--eps-eta 0", "--eps-eta"),
         ("--eps-alpha -1", "--eps-alpha"),
         ("--eps-alpha-cov nan", "--eps-alpha-cov"),
         ("--target-period -1", "--target-period"),
-        ("--target-period 100000000", "--target-period"),
-        ("--popart --clip-vloss", "--popart"),
-        ("--dual-learning-rate 0", "--dual-learning-rate"),
-        ("--dual-parameterisation exp", "--dual-parameterisation"),
-        ("--recurrent --backend envpool", "--recurrent"),
-        ("--recurrent --num-envs 8 --num-minibatches 32", "--recurrent"),
-        ("--clip-space log", "--clip-space"),
+        ("--dual-learning-rate inf", "--dual-learning-rate"),
+        ("--num-minibatches 7", "--num-minibatches"),
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it(flags, named, tmp_path, capfd):
     with pytest.raises(SystemExit) as exit:
-        vmpo.main(vmpo.parse_args(["--env-id", "CartPole-v1", "--runs-dir", str(tmp_path / "runs"), *flags.split()]))
+        run(tmp_path / "runs", "--env-id", "CartPole-v1", *flags.split())
     err = capfd.readouterr().err
     assert exit.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and named in err
     assert not (tmp_path / "runs").exists()
@@ -727,12 +722,11 @@ def test_a_wrong_flag_is_one_line_that_names_it(flags, named, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("env_id, steps, least", [("CartPole-v1", 100_000, 475), ("Pendulum-v1", 200_000, -300)])
+@pytest.mark.parametrize("env_id, steps, least", [("CartPole-v1", 100_000, 475), ("Pendulum-v1", 160_000, -300)])
 def test_it_learns(env_id, steps, least, seed, tmp_path):
-    flags = ["--env-id", env_id, "--total-timesteps", steps, "--seed", seed, "--device", "cpu"]
-    flags += ["--gamma", 0.95, "--learning-rate", 1e-3] if env_id == "Pendulum-v1" else []
-    done = script(*flags, "--runs-dir", tmp_path)
-    assert done.returncode == 0, done.stderr
+    flags = ["--env-id", env_id, "--total-timesteps", steps, "--seed", seed, "--device", "cpu", "--no-compile"]
+    flags += ["--gamma", 0.95, "--learning-rate", 3e-3] if env_id == "Pendulum-v1" else []
+    vmpo.main(vmpo.parse_args([*map(str, flags), "--runs-dir", str(tmp_path)]))
     returns = [float(row["return"]) for row in csv.DictReader(open(only(tmp_path) / "episodes.csv"))]
-    assert np.mean(returns[:50]) < least / 4 if least > 0 else np.mean(returns[:50]) < 3 * least
+    assert np.mean(returns[:50]) < (least / 4 if least > 0 else 3 * least)
     assert np.mean(returns[-100:]) >= least

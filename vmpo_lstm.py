@@ -1,0 +1,1353 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "filelock==4.3.1",
+#     "gymnasium[mujoco]==1.4.0",
+#     "moviepy==2.2.1",
+#     "mujoco==3.11.0",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "typeguard==4.6.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+"""V-MPO with memory (Song et al. 2019, arXiv:1909.12238): vmpo.py with an LSTM ahead of policy and value.
+
+The LSTM sees the observation, the last action and the last reward. A rollout stores its state with each row; the update
+runs it over [N, T] from the first row's state, so its gradient goes back T steps, and minibatches are of environments.
+
+For states s, actions a and advantages A gathered with the policy pi_old of the target network, minimise over theta
+
+    L_pi    = -sum_D~ psi log pi_theta(a|s),    psi = rho exp(A / eta) / sum_D~ rho exp(A / eta)
+    L_eta   = eta eps_eta + eta log mean_D~ rho exp(A / eta)
+    L_alpha = E[ alpha (eps_alpha - sg KL[pi_old || pi_theta]) + sg(alpha) KL[pi_old || pi_theta] ]
+
+that is L_pi + L_eta + L_alpha + c_v L_V - c_e S. D~ is the half of the batch with the largest A, sg stops the gradient,
+L_V is half the squared error of V against the GAE return, S the entropy, which the paper leaves out.
+
+    E-step: psi is a better policy than pi_old, known at the samples in D~ only. Every sample pulls towards itself, the
+            better ones more: no ratio, no clip. The temperature eta keeps psi within KL eps_eta of equal weights.
+    M-step: L_pi is weighted maximum likelihood. alpha, the price of distance from pi_old, grows while the KL exceeds
+            eps_alpha. A Gaussian's mean and covariance have a KL and an alpha each.
+
+pi_old stays for --target-period gradient steps; were it pi_theta itself, the KL would be 0 and nothing held pi back.
+rho = min(1, pi_old / pi_b) is for samples that an older target drew, with pi_b. loss() is the sum of all these terms.
+The defaults suit a million steps on one machine; README.md has the paper's own settings as one line.
+
+    python vmpo_lstm.py --env-id CartPole-v1    # then --resume or --eval with the folder that it names
+"""
+
+import copy
+import functools
+import gc
+import importlib.metadata
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import pickle
+import random
+import shlex
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_type_hints
+
+import gymnasium as gym
+import numpy as np
+import torch
+import typeguard
+import tyro
+from filelock import FileLock, Timeout
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+# ===== Args ===========================================================================================================
+
+
+@dataclass
+class Args:
+    # Task
+    env_id: str = "HalfCheetah-v4"  # gymnasium id; with MODULE:ID the module is imported first
+    env_kwargs: str = "{}"  # keyword arguments of gymnasium.make, as JSON
+    rescale_actions: bool = False  # map actions in [-1, 1] onto the bounds of the action space
+    seed: int = 1  # of everything that is drawn
+    num_envs: int = 64  # N, environments stepped side by side
+    # Algorithm
+    num_steps: int = 32  # T, steps of each environment in a batch of N x T
+    update_epochs: int = 4  # passes over each batch
+    num_minibatches: int = 8  # equal parts of N that each pass makes; the E-step is always the whole batch's
+    learning_rate: float = 1e-3  # Adam's step size at the start
+    anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at the end
+    gamma: float = 0.99  # discount, in [0, 1]
+    gae_lambda: float = 0.95  # lambda of the advantage estimator, in [0, 1]; 1: the paper's n-step return, less V
+    norm_adv: bool = True  # give the batch's advantages mean 0 and std 1
+    popart: bool = False  # V in units of the returns' mean and std (PopArt), rewards as they are
+    top_half: bool = True  # D~ is the better half of the batch, else all of it
+    control_variate: bool = False  # add a term of mean 0 to L_pi, which takes from its variance; not the paper's
+    eps_eta: float = 0.1  # bound on the E-step's KL, in nats
+    eps_alpha: float = 0.01  # bound on the policy's KL, of Gaussians the mean's, in nats
+    eps_alpha_cov: float = 1e-4  # bound on the KL of a Gaussian's covariance; for n million steps 1e-4 / n^2
+    kl: Literal["decoupled", "coupled"] = "decoupled"  # of Gaussians mean and covariance apart, or the whole
+    dual_learning_rate: float = 1e-2  # Adam's step size for eta and the alphas, not annealed
+    target_period: int = 0  # gradient steps from one target network to the next; 0: all those on a batch
+    importance_weights: bool = True  # rho for samples that an older target drew, else 1
+    ent_coef: float = 0.0  # c_e, weight of the entropy
+    vf_coef: float = 0.5  # c_v, weight of the value loss
+    max_grad_norm: float = 0.5  # largest Euclidean norm of a minibatch's gradient, without eta and the alphas
+    target_kl: float | None = None  # end the passes over a batch once approx_kl exceeds this, in nats
+    # Network and scales
+    network: Literal["separate", "shared"] = "separate"  # two of 2 x 64, or the paper's 512-256, heads of 256
+    std_type: Literal["independent", "fixed", "state"] = "independent"  # sigma: parameters, constants, or a head
+    log_std_init: float = 0.0  # log sigma at the start
+    norm_obs: bool = True  # give observations mean 0 and variance 1, clip to [-10, 10]
+    norm_reward: bool = True  # divide rewards by the std of the discounted return, clip to [-10, 10]
+    # Folder
+    runs_dir: str = "runs"  # parent of the run's folder, {env_id}__{exp_name}__{seed}__{time}
+    exp_name: str = Path(__file__).stem  # the experiment's name
+    init_from: str | None = None  # start from the weights and statistics in this run's folder, or .pt file
+    track: bool = False  # copy the metrics to Weights & Biases: pip install wandb==0.31.0
+    wandb_project: str = "compound-action-rl"  # the project there
+    wandb_entity: str | None = None  # the user or team there
+    # Above: fixed for the life of a run. Below: may change with --resume and --eval; total_timesteps comes first.
+    total_timesteps: int = 1_000_000  # environment steps in all; only whole batches are run
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks learn; auto: cuda when there is one
+    compile: bool = True  # compile the update to one graph with torch.compile
+    torch_threads: int = 1  # torch's threads on the CPU; small networks lose with more
+    checkpoint_every: float = 10.0  # seconds between two checkpoints
+    resume: str | None = None  # continue the run in this folder, up to --total-timesteps
+    eval: str | None = None  # only evaluate the run in this folder, or its best.pt
+    eval_episodes: int = 10  # greedy episodes of an evaluation; 0: no evaluation
+    eval_every: int = 0  # evaluate every so many iterations too, keep the best model as best.pt; 0: only at the end
+    eval_max_steps: int = 10_000  # end a greedy episode after so many steps
+    capture_video: bool = False  # film the evaluations, videos/*/*.mp4 in the run's folder
+
+
+def fail(message: str, status: int = 2):
+    """Leave with one line on stderr; status 2 is a user's input, 1 a run that went wrong."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def notice(message: str):
+    tqdm.write(f"notice: {message}", file=sys.stderr)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Args from a command line; with --resume and --eval the defaults are the run's own settings."""
+    args = tyro.cli(Args, args=argv)
+    flag, path = ("--resume", args.resume) if args.resume is not None else ("--eval", args.eval)
+    if path is None:
+        return args
+    config = (Path(path).parent if path.endswith(".pt") else Path(path)) / "config.json"
+    try:
+        saved = json.loads(config.read_text())["args"]
+        for name, kind in get_type_hints(Args).items():
+            typeguard.check_type(saved[name], kind)
+            if isinstance(saved[name], bool) and kind is not bool:
+                raise TypeError(f"{name} is {saved[name]}")
+        default = Args(**saved)
+    except (OSError, ValueError, LookupError, TypeError, typeguard.TypeCheckError) as error:
+        fail(f"{flag} {path}: {config} is of no {Path(__file__).stem} run ({type(error).__name__}: {error})")
+    if ":" in default.env_id and args.env_id != default.env_id:  # import no module just because a file names it
+        fail(f"{path} needs the module in {default.env_id}: if you trust it, repeat --env-id {default.env_id}")
+    args = tyro.cli(Args, args=argv, default=default)
+    for name, value in asdict(args).items():
+        if name == "total_timesteps":
+            break
+        if name == "env_kwargs" and args.eval is not None:  # a policy may be tried on a variant of its environment
+            continue
+        if value != saved[name]:
+            fail(f"--{name.replace('_', '-')} {value}: the run in {path} has {saved[name]}; leave the flag out")
+    return args
+
+
+def check(args: Args):
+    """Exit with 2 and one line for what no run could use. A field of your own needs no entry here."""
+    for low, high, names in [
+        (1, math.inf, "num_envs num_steps update_epochs num_minibatches torch_threads eval_max_steps"),
+        (1e-8, math.inf, "eps_eta eps_alpha eps_alpha_cov"),
+        (0, math.inf, "eval_episodes eval_every checkpoint_every max_grad_norm target_period"),
+        (0, sys.float_info.max, "learning_rate dual_learning_rate ent_coef vf_coef target_kl"),
+        (0, 1, "gamma gae_lambda"),
+        (0, 2**32 - 1, "seed"),
+        (-20, 20, "log_std_init"),
+    ]:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:
+                fail(f"--{name.replace('_', '-')} {value}: must be in [{low:g}, {high:g}]")
+    batch_size = args.num_envs * args.num_steps
+    for flag, wrong, must in [
+        ("--num-minibatches", args.num_envs % args.num_minibatches, f"must divide --num-envs {args.num_envs}"),
+        ("--num-steps", args.compile and args.num_steps > 32, "compiles for minutes beyond 32; add --no-compile"),
+        ("--total-timesteps", args.total_timesteps < batch_size, f"must be at least the batch of {batch_size} steps"),
+        ("--exp-name", set(args.exp_name) & set("/\\:"), "goes into a folder's name, so it cannot have / \\ or :"),
+        ("--device", args.device == "cuda" and not torch.cuda.is_available(), "needs a GPU that torch finds"),
+        ("--eval", args.eval is not None and args.resume is not None, "cannot go with --resume"),
+        ("--eval-every", args.eval_every and not args.eval_episodes, "evaluates nothing with --eval-episodes 0"),
+        ("--eval", args.eval is not None and not args.eval_episodes, "evaluates nothing with --eval-episodes 0"),
+        ("--track", args.track and importlib.util.find_spec("wandb") is None, "needs pip install wandb==0.31.0"),
+    ]:
+        if wrong:
+            fail(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: {must}")
+
+
+# ===== Environments ===================================================================================================
+
+
+def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None) -> gym.Env:
+    """An environment with flat observations and Box, Discrete or MultiDiscrete actions; exits with 2 for any other."""
+    about = f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}'"
+    try:
+        kwargs = {**json.loads(args.env_kwargs), **({"render_mode": "rgb_array"} if video_dir else {})}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is out of date")  # the v4 ids are chosen on purpose
+            env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+        if len(nvec_of(env.action_space)):
+            masked = ActionMask(env)
+            env = masked if masked.mask_source else env
+        space = env.observation_space
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) in (0, 2):
+            env = gym.wrappers.FlattenObservation(env)  # of a Discrete, a Dict or a Tuple too
+    except Exception as error:  # whatever a third party's constructor raises is about this id and these kwargs
+        fail(f"{about}: {type(error).__name__}: {error}")
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+        fail(f"{about}: observations are {space}; images, Boxes of three or more dimensions, are not supported yet")
+    if not isinstance(env.action_space, gym.spaces.Box) and not len(nvec_of(env.action_space)):
+        fail(f"{about}: actions are {env.action_space}; the README names the script for this space")
+    if args.rescale_actions and not (isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded()):
+        fail(f"--rescale-actions: {args.env_id} has no bounds to map [-1, 1] onto: {env.action_space}")
+    if evaluation:
+        env = gym.wrappers.TimeLimit(env, args.eval_max_steps)
+    if video_dir:
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda k: k < args.eval_episodes, disable_logger=True)
+    return env
+
+
+def to_env(actions: np.ndarray, space: gym.Space, args: Args) -> np.ndarray:
+    """Actions [N, A] as drawn -> [N, *space.shape] as the environment takes them: within its bounds, of its dtype."""
+    actions = actions.reshape(len(actions), *space.shape)
+    if not isinstance(space, gym.spaces.Box):
+        return actions.astype(np.int64) + space.start
+    if args.rescale_actions:
+        actions = space.low + (actions + 1) / 2 * (space.high.astype(np.float64) - space.low)
+    if space.dtype.kind in "iu":
+        actions = np.rint(actions)
+    return actions.clip(space.low, space.high).astype(space.dtype, copy=False)
+
+
+def nvec_of(space: gym.Space) -> np.ndarray:
+    """How many choices each sub-action has; no numbers for a Box."""
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return space.nvec.ravel()
+    return np.array([space.n] if isinstance(space, gym.spaces.Discrete) else [], dtype=np.int64)
+
+
+class ActionMask(gym.Wrapper):
+    """Brings an environment's mask of valid choices to info["action_mask"], bool [C], one number for each choice of
+    each sub-action in turn. It is looked for, in this order, in observations {"observation", "action_mask"}, in the
+    info, in a method action_masks() and in an attribute action_mask; mask_source names where it was. It may be a tuple,
+    one mask for each sub-action, or rows padded to the longest."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.mask_source = None
+        space = env.observation_space
+        self.in_obs = isinstance(space, gym.spaces.Dict) and space.keys() == {"observation", "action_mask"}
+        if self.in_obs:
+            self.observation_space = space["observation"]
+        self.reset(seed=0)
+
+    def split_mask(self, obs, info: dict, ended: bool):
+        mask = source = None
+        if self.in_obs:
+            obs, mask, source = obs["observation"], obs["action_mask"], "observations"
+        elif "action_mask" in info:
+            mask, source = info["action_mask"], "info"
+        elif self.env.has_wrapper_attr("action_masks"):
+            mask, source = self.env.get_wrapper_attr("action_masks")(), "action_masks()"
+        elif self.env.has_wrapper_attr("action_mask"):
+            mask, source = self.env.get_wrapper_attr("action_mask"), "action_mask"
+        if mask is None or callable(mask):  # some have a method action_mask with arguments
+            if self.mask_source and not ended:
+                raise ValueError(f"no action mask, which was in {self.mask_source} before")
+            return obs, info
+        self.mask_source = self.mask_source or source
+        nvec = nvec_of(self.env.action_space)
+        parts = [np.ravel(part) for part in mask]
+        if len(parts) == len(nvec) and all(len(part) == nvec.max() for part in parts):
+            parts = [part[:n] for part, n in zip(parts, nvec)]
+        mask = np.concatenate(parts).astype(bool)
+        if len(mask) != nvec.sum():
+            raise ValueError(f"the action mask has {len(mask)} numbers; needed are {nvec.sum()}, one for each choice")
+        return obs, {**info, "action_mask": mask, "mask_source": self.mask_source}
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.split_mask(obs, info, ended=False)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        obs, info = self.split_mask(obs, info, ended=terminated or truncated)
+        return obs, reward, terminated, truncated, info
+
+
+class Loop:
+    """Single environments in the form of gymnasium's vector environments, with autoreset disabled. A plain loop takes
+    less time than its SyncVectorEnv."""
+
+    def __init__(self, envs: list):
+        self.envs = envs
+        self.single_observation_space = envs[0].observation_space
+        self.single_action_space = envs[0].action_space
+        self.shape = envs[0].observation_space.shape
+        self.discrete = isinstance(envs[0].action_space, gym.spaces.Discrete)  # an int, not an array
+
+    def checked(self, obs):
+        if np.shape(obs) != self.shape:  # the assignment would broadcast some of these without a word
+            raise ValueError(f"observation of shape {np.shape(obs)}, expected is {self.shape}")
+        return obs
+
+    def reset(self, seed: list, options: dict):
+        obs = np.zeros((len(self.envs), *self.shape), dtype=np.float32)
+        infos = [{} for _ in self.envs]
+        for i in np.flatnonzero(options["reset_mask"]):
+            try:
+                first_obs, infos[i] = self.envs[i].reset(seed=seed[i])
+                obs[i] = self.checked(first_obs)
+            except Exception as error:
+                error.add_note(f"in environment {i}")
+                raise
+        return obs, infos
+
+    def step(self, actions: np.ndarray):
+        N = len(self.envs)
+        obs = np.empty((N, *self.shape), dtype=np.float32)
+        rewards = np.empty(N)
+        terminated, truncated = np.empty((2, N), dtype=bool)
+        infos = [{}] * N
+        try:
+            for i, env in enumerate(self.envs):
+                next_obs, reward, terminated[i], truncated[i], infos[i] = env.step(
+                    actions[i] if self.discrete else actions[i, ...]
+                )
+                obs[i] = self.checked(next_obs)
+                rewards[i] = np.asarray(reward).item()  # it may be an array of one element
+        except Exception as error:
+            error.add_note(f"in environment {i}")
+            raise
+        return obs, rewards, terminated, truncated, infos
+
+
+def make_vector_env(args: Args, num_envs: int, **env_options):
+    """The id's own vector environment, where it has one that leaves the resets to us, or a Loop."""
+    env, disabled = make_env(args, **env_options), gym.vector.AutoresetMode.DISABLED
+    if env.spec.vector_entry_point is not None and not env_options:
+        try:
+            vector_env = gym.make_vec(args.env_id, num_envs, autoreset_mode=disabled, **json.loads(args.env_kwargs))
+            same_obs = vector_env.single_observation_space == env.observation_space
+            same_masks = ("action_mask" in vector_env.reset(seed=0)[1]) == ("action_mask" in env.reset(seed=0)[1])
+            if same_obs and same_masks and vector_env.metadata.get("autoreset_mode") == disabled:
+                return vector_env
+        except TypeError:  # it takes no autoreset_mode
+            pass
+        except Exception as error:
+            fail(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {type(error).__name__}: {error}")
+    return Loop([env, *(make_env(args, **env_options) for _ in range(num_envs - 1))])
+
+
+def info_of(infos, i: int) -> dict:
+    """Environment i's own: of a Loop's list, or of gymnasium's arrays [N], where _name tells who has a value."""
+    if isinstance(infos, list):
+        return infos[i]
+    own = {}
+    for name, values in infos.items():
+        if isinstance(values, np.ndarray) and name[0] != "_" and (f"_{name}" not in infos or infos[f"_{name}"][i]):
+            own[name] = values[i]
+    return own
+
+
+class Envs:
+    """N environments, their running episodes, and those that have ended.
+
+    Since gymnasium 1.0 a vector environment by default answers the step after an episode's end with a reset, so that a
+    stored row joins two episodes. Here exactly the finished environments are reset, at once: every row is a real
+    transition, and next_obs is the true successor also where the episode ends. An episode's seed is a function of the
+    run's seed, the environment's index (-1 for evaluation) and the episode's number; with that and its actions, which
+    are kept, another process can repeat a running episode.
+    """
+
+    def __init__(self, args: Args, indices, **env_options):
+        N = len(indices)
+        self.args = args
+        self.indices = indices
+        self.vector_env = make_vector_env(args, N, **env_options)
+        self.observation_space = self.vector_env.single_observation_space
+        self.action_space = self.vector_env.single_action_space
+        self.global_step = 0
+        self.obs = np.zeros((N, *self.observation_space.shape), dtype=np.float32)  # what to act on
+        self.masks = None  # bool [N, C], the valid choices
+        self.episode = np.zeros(N, dtype=np.int64)  # the running episode's number, sums and length
+        self.returns = np.zeros(N)
+        self.discounted = np.zeros(N)
+        self.lengths = np.zeros(N, dtype=np.int64)
+        self.history = []  # the last actions [N, A], as drawn, as far back as the longest running episode
+        self.finished = []  # (global_step, return, length, last info) of the episodes that have ended
+        self.reset(np.ones(N, dtype=bool))
+
+    def add_note(self, error: Exception):
+        error.add_note(
+            f"{self.args.env_id}, environments {list(self.indices)}, after {self.global_step:,} steps in all"
+        )
+
+    def set_masks(self, infos, acting: np.ndarray):
+        """Take from the infos which choices are valid where acting, bool [N]; all are where nothing is said."""
+        nvec = nvec_of(self.action_space)
+        if self.masks is None:
+            first = info_of(infos, 0)
+            self.mask_source = first.get("mask_source", "info") if "action_mask" in first else None
+            self.masks = np.ones((len(acting), np.size(first.get("action_mask", np.ones(nvec.sum())))), dtype=bool)
+        self.masks = self.masks.copy()
+        if isinstance(infos, dict) and "action_mask" in infos:
+            self.masks[acting] = infos["action_mask"].reshape(len(acting), -1)[acting]
+        elif isinstance(infos, dict) and self.mask_source and acting.any():
+            raise ValueError("no action mask in info, where it was before")
+        elif isinstance(infos, list):
+            for i in np.flatnonzero(acting):
+                self.masks[i] = np.ravel(infos[i].get("action_mask", True))
+        if not self.masks.all() and self.masks.shape[1] == nvec.sum():  # a mask of another size is left to the agent
+            some = np.logical_or.reduceat(self.masks, nvec.cumsum() - nvec, axis=1)
+            if not some.all():
+                i, part = np.argwhere(~some)[0]
+                raise ValueError(f"environment {i} has a mask without a valid choice of sub-action {part}")
+
+    def reset(self, starting: np.ndarray):
+        """Begin the next episode where starting, bool [N]."""
+        self.episode += starting
+        self.returns[starting] = self.discounted[starting] = self.lengths[starting] = 0
+        seeds = [None] * len(starting)
+        for i in np.flatnonzero(starting):
+            key = [self.args.seed, self.indices[i] + 1, self.episode[i]]
+            seeds[i] = int(np.random.SeedSequence(key).generate_state(1)[0])
+        try:
+            obs, infos = self.vector_env.reset(seed=seeds, options={"reset_mask": starting})
+            self.set_masks(infos, starting)
+        except Exception as error:
+            self.add_note(error)
+            raise
+        self.obs[starting] = obs[starting]
+
+    def step(self, actions: np.ndarray) -> dict:
+        """Actions [N, A] as drawn -> what came of them, arrays [N, ...]; where an episode ends, the next one begins."""
+        env_actions = to_env(actions, self.action_space, self.args)
+        try:
+            next_obs, rewards, terminated, truncated, infos = self.vector_env.step(env_actions)
+            self.set_masks(infos, ~(terminated | truncated))
+        except Exception as error:
+            self.add_note(error)
+            raise
+        next_obs, rewards = np.array(next_obs, dtype=np.float32), np.array(rewards, dtype=np.float64)
+        terminated, done = np.array(terminated), terminated | truncated
+        self.global_step += len(actions)
+        self.obs = next_obs
+        self.returns += rewards
+        self.discounted = discounted = rewards + self.args.gamma * self.discounted
+        self.lengths += 1
+        self.history.append(actions)
+        if done.any():
+            for i in np.flatnonzero(done):
+                ended = self.global_step, float(self.returns[i]), int(self.lengths[i]), info_of(infos, i)
+                self.finished.append(ended)
+            self.obs, self.discounted = next_obs.copy(), discounted.copy()
+            self.reset(done)
+            del self.history[: len(self.history) - self.lengths.max()]
+        return dict(next_obs=next_obs, rewards=rewards, discounted=discounted, terminated=terminated, done=done)
+
+    def state_dict(self) -> dict:
+        state = {name: torch.tensor(getattr(self, name)) for name in ("obs", "episode", "returns", "lengths")}
+        history = np.array(self.history[len(self.history) - self.lengths.max() :])
+        return {**state, "history": torch.from_numpy(history), "global_step": self.global_step}
+
+    def depends_on_more(self) -> bool:
+        """Whether an episode depends on more than its seed and actions: used environments and new ones differ within
+        200 random steps, or draw from the process's own generators."""
+        N, space = len(self.obs), copy.deepcopy(self.action_space)
+
+        def generators():
+            return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))
+
+        def outcome(vector_env, seeds: list) -> list:
+            space.seed(seeds[0])
+            done, seen = np.ones(N, dtype=bool), []
+            try:
+                for _ in range(200):
+                    if done.any():
+                        obs, _ = vector_env.reset(seed=seeds, options={"reset_mask": done})
+                        seen.append(pickle.dumps(obs[done]))
+                    actions = np.stack([space.sample() for _ in range(N)])
+                    obs, rewards, terminated, truncated, _ = vector_env.step(actions)
+                    seen.append(pickle.dumps((obs, rewards)))
+                    done = terminated | truncated
+            except Exception as error:  # some environments do not take random actions
+                seen.append(str(error))
+            return seen
+
+        before = generators()
+        for first in range(0, max(8, 2 * N), N):  # eight new ones at least; the first time, the old are new too
+            seeds = list(range(first, first + N))
+            if outcome(self.vector_env, seeds) != outcome(make_vector_env(self.args, N), seeds):
+                return True
+        return generators() != before
+
+    def load_state_dict(self, state: dict):
+        """Repeat the running episodes. Where one does not come out as it was, in observation and return, or where the
+        environment depends on more than seed and actions, it starts anew, and a notice says so."""
+        names = ("obs", "episode", "returns", "lengths")
+        obs, episode, returns, lengths = (state[name].numpy() for name in names)
+        history, N, L = state["history"].numpy(), len(self.obs), len(state["history"])
+        if any(state[name].shape != getattr(self, name).shape for name in names) or L != lengths.max():
+            raise ValueError("another number of environments, or another shape of observations")
+        different = np.full(N, self.depends_on_more())
+
+        def start(again: np.ndarray):
+            self.episode[again] = episode[again] - 1
+            if again.any():
+                self.reset(again)
+
+        try:
+            for t in range(L):  # all step together; where an episode is shorter than L, its beginning fills the rest
+                idle = L - lengths
+                phase = (t - np.where(t < idle, 0, idle)) % np.maximum(lengths, 1)
+                start(phase == 0)
+                self.step(history[np.minimum(idle + phase, L - 1), np.arange(N)])
+            start(lengths == 0)
+        except Exception:  # of an episode that went another way
+            different[:] = True
+        different |= (self.obs != obs).reshape(N, -1).any(1) | (self.returns != returns) | (self.episode != episode)
+        self.global_step, self.history = state["global_step"], list(history)
+        self.finished.clear()
+        if different.any():
+            self.episode[different] = episode[different]
+            self.reset(different)
+            which = f"the episodes of environments {np.array(self.indices)[different].tolist()} start again"
+            notice(
+                f"{which}: {self.args.env_id} does not repeat them exactly, so the run differs from one never stopped"
+            )
+
+
+# ===== Agent ==========================================================================================================
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of everything seen, in float64, merged batch by batch (Chan et al. 1979)."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(shape))  # mean and 1 / std in the networks' float32
+        self.register_buffer("scale", torch.ones(shape))
+
+    @torch.no_grad()
+    def update(self, x: torch.Tensor):
+        """x [..., *shape]: all leading dimensions are samples."""
+        x = x.to(self.mean).reshape(-1, *self.mean.shape)
+        total = self.count + len(x)
+        delta = x.mean(0) - self.mean
+        squares = self.var * self.count + x.var(0, correction=0) * len(x) + delta**2 * self.count * len(x) / total
+        self.mean += delta * len(x) / total
+        self.var.copy_(squares / total)
+        self.count.copy_(total)
+        self.shift.copy_(self.mean)
+        self.scale.copy_((self.var + 1e-8).rsqrt())
+
+
+class Gaussian:
+    """Actions [..., A] from N(mean, diag exp(log_std)^2). kl: of self || other, in nats, [..., A]."""
+
+    def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
+        self.mean, self.log_std = mean, log_std
+
+    @property
+    def mode(self) -> torch.Tensor:
+        return self.mean
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self.mean, self.log_std.exp(), noise)
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        z = (actions - self.mean) * torch.exp(-self.log_std)
+        return (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> torch.Tensor:
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+    def kl_mean(self, other) -> torch.Tensor:
+        """The KL if only the means differed."""
+        return 0.5 * ((other.mean - self.mean) * torch.exp(-self.log_std)) ** 2
+
+    def kl_cov(self, other) -> torch.Tensor:
+        """The KL if only the covariances differed."""
+        return 0.5 * (torch.exp(2 * (self.log_std - other.log_std)) - 1) + other.log_std - self.log_std
+
+    def kl(self, other) -> torch.Tensor:
+        return self.kl_mean(other) * torch.exp(2 * (self.log_std - other.log_std)) + self.kl_cov(other)
+
+
+class Categorical:
+    """Independent choices [..., A] from log-probabilities [..., A, n]; a choice that there is not has -1e8."""
+
+    def __init__(self, log_probs: torch.Tensor):
+        self.log_probs = log_probs
+
+    @property
+    def mode(self) -> torch.Tensor:
+        return self.log_probs.argmax(-1)
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        return (self.log_probs + noise).argmax(-1)
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        return self.log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1).sum(-1)
+
+    def entropy(self) -> torch.Tensor:
+        return -(self.log_probs.exp() * self.log_probs).sum((-2, -1))
+
+    def kl(self, other) -> torch.Tensor:
+        return (self.log_probs.exp() * (self.log_probs - other.log_probs)).sum(-1)
+
+
+def layer_init(inputs: int, outputs: int, std: float = math.sqrt(2), bias: float = 0.0) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, bias)
+    return layer
+
+
+def hidden_layers(*sizes: int) -> nn.Sequential:
+    """Tanh layers from sizes[0] inputs to sizes[-1] outputs."""
+    layers = []
+    for inputs, outputs in zip(sizes, sizes[1:]):
+        layers += [layer_init(inputs, outputs), nn.Tanh()]
+    return nn.Sequential(*layers)
+
+
+class Agent(nn.Module):
+    """A policy and a value V(s), the dual variables, and the statistics that scale what the networks see and say."""
+
+    def __init__(self, envs: Envs, args: Args, num_outputs: int, alphas: list):
+        super().__init__()
+        obs_dim = envs.observation_space.shape[0] + gym.spaces.flatdim(envs.action_space) + 1
+        torso, heads = ([512, 256], [256]) if args.network == "shared" else ([64], [64, 64])
+        self.duals = nn.Parameter(torch.tensor([1.0, *alphas]))  # eta and the alphas
+        self.norm_obs = args.norm_obs
+        self.obs_rms = RunningMeanStd(obs_dim)
+        self.return_rms = RunningMeanStd()
+        self.value_rms = RunningMeanStd()  # V's unit, with PopArt
+        self.torso = hidden_layers(obs_dim, *torso)
+        self.core = nn.LSTMCell(torso[-1], 64)
+        sizes = [64, *heads]
+        self.critic = hidden_layers(*sizes)
+        self.critic_value = layer_init(sizes[-1], 1, std=1.0)
+        self.actor = hidden_layers(*sizes)
+        self.actor_mean = layer_init(sizes[-1], num_outputs, std=0.01)
+
+    def normalize(self, obs: torch.Tensor) -> torch.Tensor:
+        """Raw observations to network inputs. The statistics move between iterations only (and after the first
+        rollout), so that acting, evaluation and every epoch of an iteration see the same inputs."""
+        if not self.norm_obs:
+            return obs
+        return ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10)
+
+    def remember(self, obs: torch.Tensor, state: torch.Tensor):
+        """The core's output [..., H] and new state [..., 2 H] for raw inputs [..., O] and its state."""
+        h_and_c = state.flatten(0, -2).chunk(2, -1)
+        state = torch.cat(self.core(self.torso(self.normalize(obs)).flatten(0, -2), h_and_c), -1).view_as(state)
+        return state.chunk(2, -1)[0], state
+
+    def unroll(self, batch: dict) -> torch.Tensor:
+        """The core's outputs [M, T, H] over rollouts [M, T, ...]: from the first row's state, and from 0 after done."""
+        outputs, state = [], batch["states"][:, 0]
+        for obs, done in zip(batch["obs"].unbind(1), batch["done"].unbind(1)):
+            output, state = self.remember(obs, state)
+            outputs.append(output)
+            state = state * ~done.unsqueeze(-1)
+        return torch.stack(outputs, 1)
+
+    def value(self, output: torch.Tensor) -> torch.Tensor:
+        """V [...] for the core's output [..., H]."""
+        hidden = self.critic(output)
+        return self.critic_value(hidden).squeeze(-1) / self.value_rms.scale + self.value_rms.shift
+
+    def forward(self, function, *args):
+        """function(agent, *args): so torch.func.functional_call can evaluate it at other parameters."""
+        return function(self, *args)
+
+
+class GaussianAgent(Agent):
+    def __init__(self, envs: Envs, args: Args):
+        action_dim = math.prod(envs.action_space.shape)
+        super().__init__(envs, args, action_dim, [1.0] if args.kl == "coupled" else [1.0, 1.0])
+        if args.std_type == "state":
+            hidden = self.actor_mean.in_features
+            self.actor_logstd = layer_init(hidden, action_dim, std=0.01, bias=args.log_std_init)
+        else:
+            log_std = torch.full((action_dim,), args.log_std_init)
+            self.actor_logstd = nn.Parameter(log_std, requires_grad=args.std_type == "independent")
+
+    def policy(self, output: torch.Tensor, masks: torch.Tensor) -> Gaussian:
+        """The distribution of actions [..., A] for the core's output [..., H]; masks [..., 0] say nothing."""
+        hidden = self.actor(output)
+        log_std = self.actor_logstd(hidden) if isinstance(self.actor_logstd, nn.Linear) else self.actor_logstd
+        mean = self.actor_mean(hidden)
+        return Gaussian(mean, log_std.expand_as(mean))
+
+    def noise(self, *shape: int) -> torch.Tensor:
+        """What the policy's sample() takes: standard normal [*shape, A]."""
+        return torch.randn(*shape, self.actor_mean.out_features)
+
+
+class CategoricalAgent(Agent):
+    def __init__(self, envs: Envs, args: Args):
+        self.nvec = nvec_of(envs.action_space).tolist()
+        super().__init__(envs, args, sum(self.nvec), [5.0])
+
+    def policy(self, output: torch.Tensor, masks: torch.Tensor) -> Categorical:
+        """The distribution of choices [..., A] for the core's output [..., H], among those that masks allow."""
+        logits = self.actor_mean(self.actor(output)).masked_fill(~masks, -1e8)
+        padded = []
+        for part in logits.split(self.nvec, -1):
+            padded.append(nn.functional.pad(part, (0, max(self.nvec) - part.shape[-1]), value=-1e8))
+        return Categorical(torch.stack(padded, -2).log_softmax(-1))
+
+    def noise(self, *shape: int) -> torch.Tensor:
+        """What the policy's sample() takes: Gumbel noise [*shape, A, n], whose argmax draws from a softmax."""
+        return -torch.empty(*shape, len(self.nvec), max(self.nvec)).exponential_().log()
+
+
+def make_agent(envs: Envs, args: Args) -> Agent:
+    return (GaussianAgent if isinstance(envs.action_space, gym.spaces.Box) else CategoricalAgent)(envs, args)
+
+
+# ===== Rollout ========================================================================================================
+
+
+def act(envs: Envs, agent: Agent, state: torch.Tensor, last: torch.Tensor, noise: torch.Tensor | None = None):
+    """One step of all environments, drawn by the noise or else the likeliest: its row, the core's new state [N, 2 H],
+    and the last actions and rewards [N, A + 1]."""
+    running = torch.from_numpy(envs.lengths > 0)[:, None]  # a new episode begins without memory
+    state, obs = state * running, torch.cat([torch.from_numpy(envs.obs), last * running], -1)
+    output, next_state = agent.remember(obs, state)
+    pi = agent.policy(output, torch.from_numpy(envs.masks))
+    actions = (pi.mode if noise is None else pi.sample(noise)).numpy()
+    row = {"obs": obs.numpy(), "masks": envs.masks, "actions": actions, "states": state.numpy()} | envs.step(actions)
+    taken = to_env(actions, envs.action_space, envs.args)
+    taken = np.array([gym.spaces.flatten(envs.action_space, action) for action in taken])
+    last = np.column_stack([taken, row["rewards"]]).astype(np.float32)
+    row |= {"next_obs": np.hstack([row["next_obs"], last]), "next_states": next_state.numpy()}
+    return row, next_state, torch.from_numpy(last)
+
+
+@torch.inference_mode()
+def rollout(envs: Envs, agent: Agent, state: torch.Tensor, last: torch.Tensor, args: Args):
+    """T steps of N environments, acting on the CPU: rows [T, N, ...], each one real transition, and what act() goes on
+    with. Actions are stored as drawn; only the environment sees them clipped. FloatingPointError
+    names the earliest nan or inf."""
+    first_step = envs.global_step + args.num_envs
+    steps, rows = [], {}
+    try:
+        for noise in agent.noise(args.num_steps, args.num_envs):  # drawn for all steps at once
+            row, state, last = act(envs, agent, state, last, noise)
+            steps.append(row)
+        rows = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
+    finally:  # also where the environment raises, which it may do for a nan that it gave before
+        if not rows or not all(np.isfinite(array).all() for array in rows.values()):
+            for t, step in enumerate(steps):
+                for name in step:
+                    if not np.isfinite(step[name]).all():
+                        raise FloatingPointError(f"{name} is nan or inf at step {first_step + t * args.num_envs:,}")
+    return {name: torch.from_numpy(array) for name, array in rows.items()}, state, last
+
+
+# ===== Advantages =====================================================================================================
+
+
+def gae(rewards, values, next_values, terminated, done, gamma: float, gae_lambda: float) -> np.ndarray:
+    """Generalised advantage estimates, arrays [T, N] throughout (Schulman et al. 2016, arXiv:1506.02438).
+
+    delta_t = r_t + gamma (1 - terminated_t) V(next_obs_t) - V(obs_t)
+    A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}
+
+    A terminal state is worth nothing; a time limit only cuts the sum, so its successor's value still counts.
+    """
+    deltas = rewards + gamma * np.where(terminated, 0, next_values) - values
+    decay = gamma * gae_lambda * ~done
+    advantages = np.empty_like(deltas)
+    following = np.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantages[t] = following = deltas[t] + decay[t] * following
+    return advantages
+
+
+@torch.no_grad()
+def popart(agent: Agent, returns: torch.Tensor, args: Args):
+    """Take the returns into V's unit, forgetting old ones at 1e-4 a gradient step, and change V's last layer so that V
+    stays what it was (van Hasselt et al. 2016, arXiv:1602.07714)."""
+    rms, shift, scale = agent.value_rms, agent.value_rms.shift.clone(), agent.value_rms.scale.clone()
+    rms.update(returns)
+    rms.count.clamp_(max=returns.numel() / (1e-4 * args.update_epochs * args.num_minibatches))
+    rms.scale.clamp_(1e-6, 1e2)
+    last = agent.critic_value
+    last.weight *= rms.scale / scale
+    last.bias.copy_((last.bias / scale + shift - rms.shift) * rms.scale)
+
+
+@torch.no_grad()
+def make_batch(rows: dict, agent: Agent, target: Agent, device: torch.device, args: Args) -> dict:
+    """Rows [T, N, ...] -> what the update reads, tensors [N, T, ...] on the device. The values are the agent's, the
+    policy is that of the target, which acted."""
+    obs, masks, actions, next_obs = (rows[name].to(device) for name in ("obs", "masks", "actions", "next_obs"))
+    states, next_states = rows["states"].to(device), rows["next_states"].to(device)
+    rewards, terminated, done = (rows[name].numpy() for name in ("rewards", "terminated", "done"))
+    if args.norm_reward and not args.popart:  # one scale for the whole rollout
+        agent.return_rms.update(rows["discounted"])
+        rewards = np.clip(rewards * agent.return_rms.scale.item(), -10, 10)
+    values = agent.value(agent.remember(obs, states)[0])
+    next_values = agent.value(agent.remember(next_obs, next_states)[0])
+    V, next_V = values.cpu().numpy(), next_values.cpu().numpy()
+    advantages = gae(rewards.astype(np.float32), V, next_V, terminated, done, args.gamma, args.gae_lambda)
+    advantages = torch.from_numpy(advantages).to(device)
+    returns = advantages + values
+    if args.popart:
+        popart(agent, returns, args)
+    threshold = advantages.flatten().sort().values[advantages.numel() // 2 if args.top_half else 0]
+    pi_old = target.policy(target.remember(obs, states)[0], masks)
+    batch = {
+        "obs": obs,
+        "states": states,
+        "done": rows["done"].to(device),
+        "masks": masks,
+        "actions": actions,
+        "logprobs": pi_old.log_prob(actions),
+        "log_rho": torch.zeros_like(values),
+        "advantages": advantages * agent.value_rms.scale,
+        "selected": advantages >= threshold,  # D~; all equals of its least advantage are in it
+        "returns": returns,
+        "values": values,
+    }
+    for name, tensor in vars(pi_old).items():  # copies: a view of the target's parameters would change with them
+        batch[f"old_{name}"] = batch[f"behaviour_{name}"] = tensor.contiguous()
+    return {name: tensor.transpose(0, 1) for name, tensor in batch.items()}
+
+
+def policy_in(batch: dict, prefix: str, kind: type):
+    """The distribution whose parameters a batch has as prefix + name."""
+    return kind(**{name.removeprefix(prefix): batch[name] for name in batch if name.startswith(prefix)})
+
+
+# ===== Loss ===========================================================================================================
+
+
+def e_step(eta: torch.Tensor, advantages: torch.Tensor, selected: torch.Tensor, log_rho: torch.Tensor, eps_eta: float):
+    """psi, without gradient, and L_eta of a whole batch [B], of which D~ is selected. The largest advantage goes first,
+    so that for no eta anything overflows, nor the gradient of L_eta cancels."""
+    scores = (advantages - advantages.amax()) / eta + log_rho
+    scores = scores.masked_fill(~selected, -math.inf).flatten()
+    log_mean = scores.logsumexp(0) - selected.to(scores).sum().log()
+    return scores.softmax(0).view_as(advantages).detach(), eta * (eps_eta + log_mean) + advantages.amax()
+
+
+def loss(agent: Agent, batch: dict, args: Args, indices: torch.Tensor | None = None):
+    """The file's objective over the indices [M] into a batch, or all of it: a scalar, and {metric: scalar} for the log.
+    psi and L_eta are the whole batch's; the mean over minibatches is the paper's loss, whose L_pi is a sum."""
+    advantages = batch["advantages"]
+    if args.norm_adv and advantages.numel() > 1:  # a single one, less its mean, would be 0
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    eta, *alphas = agent.duals.unbind()
+    psi, eta_loss = e_step(eta, advantages, batch["selected"], batch["log_rho"], args.eps_eta)
+    if indices is not None:
+        psi = psi[indices] * (len(psi) / len(indices))
+        batch = {name: tensor.index_select(0, indices) for name, tensor in batch.items()}
+    output = agent.unroll(batch)
+    pi, values = agent.policy(output, batch["masks"]), agent.value(output)
+    logprobs = pi.log_prob(batch["actions"])
+    logratio = logprobs - batch["logprobs"]
+
+    pg_loss = -(psi * logprobs).sum()
+    if args.control_variate:  # 0 in the mean for any theta, since the actions are of the policy that acted
+        pi_b = policy_in(batch, "behaviour_", type(pi))
+        pg_loss = pg_loss + logratio.mean() + pi_b.kl(pi).sum(-1).mean()
+
+    pi_old = policy_in(batch, "old_", type(pi))
+    if isinstance(pi, Gaussian) and args.kl == "decoupled":
+        bounds = [("_mean", pi_old.kl_mean(pi), args.eps_alpha), ("_cov", pi_old.kl_cov(pi), args.eps_alpha_cov)]
+    else:
+        bounds = [("", pi_old.kl(pi), args.eps_alpha)]
+    alpha_loss, trust_region = 0.0, {}
+    for alpha, (part, kl, eps_alpha) in zip(alphas, bounds):
+        kl = kl.sum(-1).mean()
+        alpha_loss = alpha_loss + alpha * (eps_alpha - kl.detach()) + alpha.detach() * kl
+        trust_region |= {f"kl{part}": kl, f"alpha{part}": alpha}
+
+    v_loss = 0.5 * ((values - batch["returns"]) ** 2).mean() * agent.value_rms.scale**2
+    entropy = pi.entropy().mean()
+    metrics = {
+        "policy_loss": pg_loss,
+        "value_loss": v_loss,
+        "entropy": entropy,
+        # KL[pi_b || pi] by the estimator with low variance, http://joschu.net/blog/kl-approx.html
+        "approx_kl": (logratio.clamp(max=80).exp() - 1 - logratio).mean(),  # where pi has left pi_b far behind: no inf
+        "eta_loss": eta_loss,
+        "eta": eta,
+        "alpha_loss": alpha_loss,
+        **trust_region,
+    }
+    return pg_loss + eta_loss + alpha_loss - args.ent_coef * entropy + args.vf_coef * v_loss, metrics
+
+
+# ===== Update =========================================================================================================
+#
+# Dispatch, not arithmetic, takes the time of networks this small. So gradient, clipping and Adam are one function that
+# torch.compile turns into one graph; theta is the vector of all trainable parameters. --no-compile runs the same code.
+
+
+def unflatten(theta: torch.Tensor, agent: Agent) -> dict:
+    """{name: trainable parameter}, views of theta."""
+    params = {name: p for name, p in agent.named_parameters() if p.requires_grad}
+    parts = theta.split([p.numel() for p in params.values()])
+    return {name: part.view(p.shape) for (name, p), part in zip(params.items(), parts)}
+
+
+def init_optimizer(agent: Agent) -> dict:
+    """theta, Adam's moments, and its step count (float64: 1 - 0.999^t is small at first)."""
+    theta = torch.cat([p.detach().flatten() for p in agent.parameters() if p.requires_grad])
+    step = torch.zeros((), dtype=torch.float64, device=theta.device)
+    return {"theta": theta, "exp_avg": torch.zeros_like(theta), "exp_avg_sq": torch.zeros_like(theta), "step": step}
+
+
+def update_step(optimizer: dict, learning_rate, batch: dict, indices: torch.Tensor, agent: Agent, args: Args):
+    """A gradient step for each row of indices [K, M] into the batch: the new optimizer, metrics' names, their means."""
+
+    def loss_at(theta, rows):
+        return torch.func.functional_call(agent, unflatten(theta, agent), (loss, batch, args, rows))
+
+    beta1, beta2, adam_eps = 0.9, 0.999, 1e-5  # as in the 37 details
+    all_metrics = []
+    D = agent.duals.numel()  # they are the first of theta
+    rates = [learning_rate.new_full((D,), args.dual_learning_rate), learning_rate.expand(len(optimizer["theta"]) - D)]
+    rates = torch.cat(rates)
+    for rows in indices.unbind(0):
+        grad, metrics = torch.func.grad(loss_at, has_aux=True)(optimizer["theta"], rows)
+        all_metrics.append(torch.stack(list(metrics.values())))
+        of_duals, grad = grad.split([D, len(grad) - D])
+        grad = grad * (args.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        grad = torch.cat([of_duals, grad])
+        step = optimizer["step"] + 1  # Adam (Kingma and Ba 2015)
+        exp_avg = beta1 * optimizer["exp_avg"] + (1 - beta1) * grad
+        exp_avg_sq = beta2 * optimizer["exp_avg_sq"] + (1 - beta2) * grad**2
+        step_size = (rates / (1 - beta1**step)).float()
+        denominator = exp_avg_sq.sqrt() / (1 - beta2**step).sqrt().float() + adam_eps
+        theta = optimizer["theta"] - step_size * exp_avg / denominator
+        theta = torch.cat([theta[:D].clamp(min=1e-8), theta[D:]])  # eta and the alphas stay positive
+        optimizer = {"theta": theta, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
+    return optimizer, list(metrics), torch.stack(all_metrics).mean(0)
+
+
+def steps_per_call(args: Args) -> int:
+    """Two gradient steps a call halve what entering the graph costs; more take longer to compile than they save."""
+    return 2 if args.num_minibatches % 2 == args.target_period % 2 == 0 else 1
+
+
+def compile_update(agent: Agent, optimizer: dict, learning_rate, batch: dict, args: Args):
+    """update_step for this agent and these args, compiled by a first call. Where that fails, for want of a C++ compiler
+    say, or gives another gradient, a notice says why, and it stays uncompiled."""
+    plain = functools.partial(update_step, agent=agent, args=args)
+    if not args.compile:
+        return plain
+    if learning_rate.is_cuda:
+        options = {"triton.cudagraphs": True}
+    else:  # the least overhead a call; no precompiled header (4 s), no probes of the CPU (6 s): half the cold start
+        options = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True}
+    options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe  # agent and args stay as they are
+    torch.compiler.reset()  # the graphs of earlier runs in this process would count against a limit
+    graph = torch.compile(plain, fullgraph=True, dynamic=False, options=options)
+
+    def cuda_graph(*inputs):
+        torch.compiler.cudagraph_mark_step_begin()
+        new, names, values = graph(*inputs)
+        return {name: t.clone() for name, t in new.items()}, names, values.clone()  # the next call overwrites them
+
+    compiled = cuda_graph if learning_rate.is_cuda else graph
+    logging.getLogger("torch._inductor.scheduler").disabled = True  # of a failure it logs pages; a line will do
+    gc.disable()  # the compiler's many small objects cost the collector 2 s
+    try:
+        indices = torch.arange(len(batch["obs"]), device=learning_rate.device).view(args.num_minibatches, -1)
+        inputs = optimizer, learning_rate, batch, indices[: steps_per_call(args)]
+        theta, found, expected = optimizer["theta"], compiled(*inputs)[0]["theta"], plain(*inputs)[0]["theta"]
+        typical = (expected - theta).square().mean().sqrt()
+        moved = unflatten(found - theta, agent)
+        for name, move in unflatten(expected - theta, agent).items():
+            size = move.norm() + 0.1 * typical * math.sqrt(move.numel()) + 1e-12
+            error = (moved[name] - move).norm() / size
+            if not error < 0.01:  # compilers have lost gradients silently (github.com/pytorch/pytorch/issues/189895)
+                raise ArithmeticError(f"the compiled step of {name} is {error:.0%} off")
+        return compiled
+    except Exception as error:  # a mistake in the loss will show again, with its traceback, in the plain function
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        notice(f"the update runs uncompiled, several times slower ({reason})")
+        return plain
+    finally:
+        gc.freeze()  # half a million objects that no later collection need look at
+        gc.enable()
+
+
+@torch.no_grad()
+def refresh(target: Agent, theta: torch.Tensor, batch: dict, args: Args):
+    """Theta becomes the target network, for the rest of the batch too."""
+    for name, value in unflatten(theta, target).items():
+        target.get_parameter(name).copy_(value)
+    pi_old = target.policy(target.unroll(batch), batch["masks"])
+    for name, tensor in vars(pi_old).items():
+        batch[f"old_{name}"] = tensor.contiguous()
+    if args.importance_weights:
+        batch["log_rho"] = (pi_old.log_prob(batch["actions"]) - batch["logprobs"]).clamp(max=0)
+
+
+def update(run_steps, agent: Agent, target: Agent, optimizer: dict, learning_rate, batch: dict, args: Args) -> dict:
+    """The epochs of an iteration, each a new random cut of the batch into minibatches. Moves agent, target and
+    optimizer; returns {metric: mean over all minibatches}."""
+    optimizer["theta"] = init_optimizer(agent)["theta"]  # whatever has changed the agent since the last update
+    steps = int(optimizer["step"])  # the target's period counts those of the whole run
+    means = []
+    for _ in range(args.update_epochs):
+        order = torch.randperm(len(batch["obs"])).view(args.num_minibatches, -1).to(learning_rate.device)
+        calls = order.split(steps_per_call(args))
+        for indices in calls:
+            new, names, values = run_steps(optimizer, learning_rate, batch, indices)
+            optimizer.update(new)
+            means.append(values)
+            steps += len(indices)
+            if args.target_period > 0 and steps % args.target_period == 0:
+                refresh(target, optimizer["theta"], batch, args)
+        if args.target_kl is not None:
+            epoch = dict(zip(names, torch.stack(means[-len(calls) :]).mean(0)))
+            if epoch["approx_kl"] > args.target_kl:
+                break
+    if args.target_period == 0:
+        refresh(target, optimizer["theta"], batch, args)
+    with torch.no_grad():
+        for name, value in unflatten(optimizer["theta"], agent).items():
+            agent.get_parameter(name).copy_(value)
+    return dict(zip(names, torch.stack(means).mean(0).tolist()))
+
+
+# ===== main ===========================================================================================================
+#
+# checkpoint.pt holds all that the rest of a run depends on. To resume is to load it and to repeat the running episodes;
+# on the CPU the run then ends, to the bit, as if it had not stopped.
+
+
+def replace_file(path: Path, content):
+    """Save an object in a .pt file, or a text in another: at any moment the old or the new file is there, whole."""
+    buffer = io.BytesIO()
+    if path.suffix == ".pt":
+        torch.save(content, buffer)  # to the file itself, it would make a RuntimeError of a full disk
+    else:
+        buffer.write(content.encode())
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(run_dir: Path, agent: Agent, target: Agent, optimizer: dict, envs: Envs, progress: dict):
+    """Write episodes.csv, checkpoint.pt, what --resume needs, and model.pt, what --eval needs."""
+    model, rng = agent.state_dict(), torch.get_rng_state()
+    checkpoint = {"agent": model, "optimizer": optimizer, "envs": envs.state_dict(), "rng": rng, "progress": progress}
+    checkpoint["target"] = target.state_dict()
+    replace_file(run_dir / "episodes.csv", progress["episodes"])
+    replace_file(run_dir / "checkpoint.pt", checkpoint)
+    replace_file(run_dir / "model.pt", model)
+
+
+def load(path: Path, agent: Agent, target=None, optimizer=None, envs=None, progress=None):
+    """Set the agent from a model.pt, or all of these from a checkpoint.pt. No code in the file is run; exits with 2
+    where it is damaged or does not fit."""
+    try:
+        if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not look at the checksums
+            raise ValueError("a checksum is wrong")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        agent.load_state_dict(saved if optimizer is None else saved["agent"])
+        if optimizer is not None:
+            target.load_state_dict(saved["target"])
+            for name, tensor in optimizer.items():
+                tensor.copy_(saved["optimizer"][name].view_as(tensor))
+            if saved["progress"].keys() != progress.keys():
+                raise ValueError(f"another script's progress, {', '.join(saved['progress'])}")
+            progress.update(saved["progress"])
+            envs.load_state_dict(saved["envs"])
+            torch.set_rng_state(saved["rng"])
+    except Exception as error:
+        if hasattr(error, "__notes__"):  # an environment's own
+            raise
+        fail(f"{path}: missing, damaged, or not of such a run ({type(error).__name__}: {str(error)[:200]})")
+
+
+def create_run(args: Args) -> Path:
+    """The folder of a new run, with its config.json."""
+    git = "git describe --always --dirty --abbrev=40"  # through a shell, a missing git is no exception
+    here = Path(__file__).resolve().parent
+    config = {
+        "args": asdict(args),
+        "command": sys.argv,
+        "python": sys.version.split()[0],
+        "versions": {package.name: package.version for package in importlib.metadata.distributions()},
+        "device": torch.cuda.get_device_name() if args.device != "cpu" and torch.cuda.is_available() else "cpu",
+        "git_commit": subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.strip(),
+    }
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.runs_dir) / name
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            run_dir.mkdir()
+            break
+        except FileExistsError:  # of an equal run that started within the same second
+            run_dir = run_dir.with_name(run_dir.name + "_")
+    try:
+        if args.track:
+            start_tracking(args, run_dir)
+        replace_file(run_dir / "config.json", json.dumps(config, indent=2))
+    except Exception as error:  # of the disk, or of Weights & Biases
+        run_dir.rmdir()
+        fail(f"{run_dir}: {error}")
+    return run_dir
+
+
+def start_tracking(args: Args, run_dir: Path):
+    """Copy what TensorBoard gets to Weights & Biases. Its own files go to ./wandb: TensorBoard, which looks into every
+    folder of a run, would show them as more runs."""
+    import wandb
+
+    where = {"project": args.wandb_project, "entity": args.wandb_entity, "id": run_dir.name, "name": run_dir.name}
+    wandb.init(**where, config=asdict(args), sync_tensorboard=True, resume="allow")
+
+
+def episode_means(finished: list) -> dict:
+    """{name: mean} of returns, lengths, and the numbers in the last infos."""
+    columns = {}
+    for _, episodic_return, length, info in finished:
+        for name, value in {**info, "episodic_return": episodic_return, "episodic_length": length}.items():
+            if isinstance(value, (bool, int, float, np.bool_, np.number)):
+                columns.setdefault(name, []).append(float(value))
+    return {name: float(np.mean(values)) for name, values in columns.items()}
+
+
+@torch.inference_mode()
+def evaluate(agent: Agent, args: Args, run_dir: Path) -> list:
+    """Greedy episodes, as in Envs.finished; the statistics stand still. Films, if any, go to the run's folder."""
+    video_dir = run_dir / "videos" / str(int(time.time())) if args.capture_video else None
+    envs = Envs(args, [-1], evaluation=True, video_dir=video_dir)
+    state, last = torch.zeros(1, 2 * agent.core.hidden_size), torch.zeros(1, gym.spaces.flatdim(envs.action_space) + 1)
+    for number in tqdm(range(args.eval_episodes), "evaluation", leave=False, disable=None):  # None: on a terminal only
+        while len(envs.finished) == number:
+            _, state, last = act(envs, agent, state, last)
+    envs.vector_env.envs[0].close()
+    if any(length == args.eval_max_steps for _, _, length, _ in envs.finished):
+        notice(f"the evaluation has cut episodes after --eval-max-steps {args.eval_max_steps}")
+    returns = [episodic_return for _, episodic_return, _, _ in envs.finished]
+    tqdm.write(f"evaluation: {len(returns)} episodes, return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
+    tqdm.write("  " + " ".join(f"{value:.2f}" for value in returns))
+    return envs.finished
+
+
+def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, progress: dict):
+    """V-MPO, from the run's last checkpoint to its end, and the evaluation."""
+    device = optimizer["theta"].device
+    batch_size = args.num_envs * args.num_steps
+    iterations = args.total_timesteps // batch_size
+    learning_rate = torch.tensor(args.learning_rate, device=device)
+    target = copy.deepcopy(agent)  # the network that acts and bounds the policy; the statistics are the agent's own
+    target.obs_rms, target.return_rms, target.value_rms = agent.obs_rms, agent.return_rms, agent.value_rms
+    result_json = run_dir / "result.json"
+    if (run_dir / "checkpoint.pt").exists() or (run_dir / "model.pt").exists():  # else it stopped before the first one
+        load(run_dir / "checkpoint.pt", agent, target, optimizer, envs, progress)
+    if progress["iteration"] >= iterations and result_json.exists() and "eval_returns" in result_json.read_text():
+        print(f"{run_dir} is finished; with --total-timesteps N it goes on to N")
+        return
+    result_json.unlink(missing_ok=True)  # a shorter run's
+    if progress["iteration"] > 0:  # a kill may have come between the checkpoint and its model
+        replace_file(run_dir / "model.pt", agent.state_dict())
+        replace_file(run_dir / "episodes.csv", progress["episodes"])
+    config = json.loads((run_dir / "config.json").read_text())
+    if args.total_timesteps != config["args"]["total_timesteps"]:
+        notice(f"the run goes on to step {args.total_timesteps:,}; a learning rate that falls reaches 0 there")
+        config["args"]["total_timesteps"] = args.total_timesteps
+        replace_file(run_dir / "config.json", json.dumps(config, indent=2))
+    if args.track and args.resume is not None:
+        start_tracking(args, run_dir)
+
+    cpu_agent = agent if device.type == "cpu" else copy.deepcopy(agent).cpu()  # for a few rows a GPU takes longer
+    behaviour = target if device.type == "cpu" else copy.deepcopy(target).cpu()
+    run_steps = None
+    compile_seconds = 0.0
+    saved_at = time.monotonic()
+    size = f"{iterations * batch_size:,} steps, {iterations} x {args.num_envs} x {args.num_steps}"
+    masks = f", masks from {envs.mask_source}" if envs.mask_source else ""
+    print(f"{run_dir}: {size}, {device}{masks}", flush=True)
+    options = {"unit": " steps", "unit_scale": batch_size, "mininterval": 0.2 if sys.stderr.isatty() else 10}
+    start = progress["iteration"]
+    bar = tqdm(range(start + 1, iterations + 1), total=iterations, initial=start, **options)
+    writer = SummaryWriter(str(run_dir), purge_step=envs.global_step + 1)  # hides what a killed process logged after it
+    with bar, writer:
+        settings = {name: "" if value is None else value for name, value in asdict(args).items()}
+        for summary in hparams(settings, {"charts/episodic_return": 0, "eval/episodic_return": 0}):
+            writer.file_writer.add_summary(summary)
+
+        def keep_best(finished: list):
+            score = episode_means(finished).get("episodic_return", -math.inf)
+            if args.eval_every and score > progress["best_return"]:
+                progress["best_return"] = score
+                replace_file(run_dir / "best.pt", cpu_agent.state_dict())
+                save(run_dir, cpu_agent, target, optimizer, envs, progress)
+
+        def log(prefix: str, scalars: dict):
+            for name, value in scalars.items():
+                writer.add_scalar(f"{prefix}/{name}", value, envs.global_step)
+
+        for iteration in bar:
+            started = time.perf_counter()
+            if args.anneal_lr:
+                learning_rate.fill_(args.learning_rate * (1 - (iteration - 1) / iterations))
+            behaviour.load_state_dict(target.state_dict())
+            rows, *progress["memory"] = rollout(envs, behaviour, *progress["memory"], args)
+            no_statistics = agent.obs_rms.count == 0
+            if no_statistics:  # else the first update would learn on inputs of another scale
+                agent.obs_rms.update(rows["obs"])
+            batch = make_batch(rows, agent, target, device, args)
+            if run_steps is None:
+                bar.set_postfix_str("first update, to be compiled" if args.compile else "first update")
+                compile_started = time.perf_counter()
+                run_steps = compile_update(agent, optimizer, learning_rate, batch, args)
+                compile_seconds = time.perf_counter() - compile_started
+                started += compile_seconds  # it is no training time
+                bar.set_postfix_str("no episode yet")
+            metrics = update(run_steps, agent, target, optimizer, learning_rate, batch, args)
+            for name, value in {**metrics, "a parameter": optimizer["theta"].abs().max().item()}.items():
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"{name} is nan or inf at step {envs.global_step:,}")
+            if not no_statistics:
+                agent.obs_rms.update(rows["obs"])
+            cpu_agent.load_state_dict(agent.state_dict())
+            progress["iteration"] = iteration
+            progress["seconds"] += time.perf_counter() - started
+
+            explained_variance = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
+            log("losses", {**metrics, "explained_variance": explained_variance.item()})
+            sps = int(envs.global_step / progress["seconds"])
+            log("charts", {**episode_means(envs.finished), "learning_rate": learning_rate.item(), "SPS": sps})
+            for global_step, episodic_return, length, _ in envs.finished:
+                progress["episodes"] += f"{global_step},{episodic_return!r},{length}\n"
+                bar.set_postfix_str(f"last return {episodic_return:.2f}", refresh=False)
+            envs.finished.clear()
+            if args.eval_every and iteration % args.eval_every == 0 and iteration < iterations:
+                finished = evaluate(cpu_agent, args, run_dir)
+                keep_best(finished)
+                log("eval", episode_means(finished))
+            if time.monotonic() - saved_at >= args.checkpoint_every or iteration == iterations:
+                writer.flush()
+                save(run_dir, cpu_agent, target, optimizer, envs, progress)
+                saved_at = time.monotonic()
+
+        result = {"iteration": progress["iteration"], "global_step": envs.global_step, "seconds": progress["seconds"]}
+        result |= {"sps": int(envs.global_step / progress["seconds"]), "compile_seconds": compile_seconds}
+        replace_file(result_json, json.dumps(result, indent=2))
+        finished = evaluate(cpu_agent, args, run_dir) if args.eval_episodes else []
+        keep_best(finished)
+        result["eval_returns"] = [episode[1] for episode in finished]
+        if "is_success" in episode_means(finished):
+            result["eval_success"] = episode_means(finished)["is_success"]
+        replace_file(result_json, json.dumps(result, indent=2))
+        log("eval", episode_means(finished))  # after result.json: a run that is resumed before it evaluates again
+    if args.track:
+        sys.modules["wandb"].finish()  # else another run in this process would be taken for this one
+    print(f"wrote {run_dir}")
+
+
+def main(args: Args):
+    check(args)
+    torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(args.seed)
+    envs = Envs(args, range(args.num_envs if args.eval is None else 1))
+    if isinstance(envs.action_space, gym.spaces.Box) and not args.rescale_actions:
+        low, high = envs.action_space.low, envs.action_space.high
+        if not ((-10 <= low) & (low <= -0.1) & (0.1 <= high) & (high <= 10)).all():
+            notice(f"the policy starts around [-1, 1], actions lie in {envs.action_space}: see --rescale-actions")
+    steps_on_a_batch = args.update_epochs * args.num_minibatches
+    if args.target_period == 1 or (args.target_period == 0 and steps_on_a_batch == 1):
+        notice("the target is the policy itself in each gradient step, so the KL is 0 and there is no trust region")
+    agent = make_agent(envs, args).to(device)
+    progress = {"iteration": 0, "seconds": 0.0, "episodes": "global_step,return,length\n", "best_return": -math.inf}
+    last = torch.zeros(args.num_envs, gym.spaces.flatdim(envs.action_space) + 1)
+    progress["memory"] = [torch.zeros(args.num_envs, 2 * agent.core.hidden_size), last]
+    model = args.eval if args.eval is not None else args.init_from
+    resumed = args.resume is not None and (Path(args.resume) / "checkpoint.pt").exists()
+    if model is not None and not resumed:
+        model = Path(model) if model.endswith(".pt") else Path(model) / "model.pt"
+        load(model, agent)
+    optimizer = init_optimizer(agent)
+    run_dir = None
+    hook = threading.excepthook
+
+    def hook_but_for_disks(died):  # TensorBoard's thread leaves an OSError to the next call in this one
+        if not issubclass(died.exc_type, OSError):
+            hook(died)
+
+    threading.excepthook = hook_but_for_disks
+    try:
+        if args.eval is not None:
+            evaluate(agent.cpu(), args, model.parent)
+            return
+        run_dir = Path(args.resume) if args.resume is not None else create_run(args)
+        if any(path.is_symlink() for path in run_dir.iterdir()):
+            fail(f"{run_dir}: has a symbolic link in it, through which the run would write")
+        with FileLock(run_dir / "lock", timeout=0):  # which a process that dies does not leave behind
+            train(run_dir, args, agent, optimizer, envs, progress)
+    except Timeout:
+        fail(f"{run_dir}: another process trains this run")
+    except KeyboardInterrupt:
+        command = ["python", sys.argv[0], "--resume", str(run_dir), "--env-id", args.env_id]
+        print(f"interrupted; continue with: {shlex.join(command)}" if run_dir else "interrupted")
+        raise SystemExit(130) from None
+    except (FloatingPointError, OSError) as error:
+        if hasattr(error, "__notes__"):  # an environment's own
+            raise
+        if isinstance(error, OSError):
+            fail(f"{run_dir or args.runs_dir}: {error}")
+        fail(f"{error}; a checkpoint in {run_dir} is from before", status=1)
+    finally:
+        threading.excepthook = hook
+
+
+if __name__ == "__main__":
+    main(parse_args())
