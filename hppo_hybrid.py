@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
+#     "filelock==4.3.1",
 #     "gymnasium[mujoco]==1.4.0",
 #     "moviepy==2.2.1",
 #     "mujoco==3.11.0",
@@ -8,166 +9,123 @@
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
 #     "tqdm==4.70.1",
+#     "typeguard==4.6.1",
 #     "tyro==1.0.17",
 # ]
 # ///
-"""H-PPO: PPO for a discrete choice with continuous parameters (Fan et al. 2019, arXiv:1903.01344).
+"""H-PPO: PPO for discrete choices with continuous parameters (Fan et al. 2019, arXiv:1903.01344).
 
 For states s, choices k, parameters x and advantages A gathered with the policy pi_old, maximise over theta
 
     E[ min(r_d A, clip(r_d, 1 - eps, 1 + eps) A) ] + E[ min(r_c A, clip(r_c, 1 - eps, 1 + eps) A) ] - c_v L_V + c_e S
 
-    r_d = pi_theta(k|s) / pi_old(k|s), of a softmax; r_c = pi_theta(x_k|s) / pi_old(x_k|s), of a Gaussian, where x_k
-    are the parameters that k uses: the others did not act, so they carry no gradient. Two clips: either head stops
-    where it has moved far enough. --loss joint has one ratio, r_d r_c, clipped once; --parameters all counts all x.
+    r_d = pi_theta(k|s) / pi_old(k|s), of a softmax, r_c = pi_theta(x_k|s) / pi_old(x_k|s), of a Gaussian, where x_k are
+    the parameters that k uses: the others did not act, so they carry no gradient.
+    Two clips: the choice stops where it has moved far enough, and the parameters where they have.
+    --loss joint clips one ratio, r_d r_c. --parameters all counts all of x, whether used or not.
 
-L_V is half the squared error of V against the GAE return, S the entropy. The rest follows "The 37
-Implementation Details of PPO" (Huang et al. 2022), continuous control, except where a comment says why not.
-Against ppo_continuous.py: the environments, an encoder with three heads, and the loss.
+L_V is half the squared error of V against the GAE return, S the entropy. All else is as in "The 37 Implementation
+Details of PPO" (Huang et al. 2022) for continuous control; comments mark the exceptions.
 
-    python hppo_hybrid.py --env-id HybridMoving-v0
-    python hppo_hybrid.py --eval runs/HybridMoving-v0__hppo_hybrid__1__1735689600
+Actions may be any Tuple or Dict of Discretes, MultiDiscretes and Boxes. Several choices are independent softmaxes, and
+r_d is the product of their ratios. Box actions become hybrid ones with --hold: the choice is for how many steps tau to
+hold the parameters. Such a decision is worth sum_{i < tau} gamma^i r_i, its successor counts by gamma^tau, and all
+counts of steps, lengths of episodes too, are of decisions. The loss is the function `loss`.
+
+    python hppo_hybrid.py --env-id HalfCheetah-v4 --hold 1 2 4
+    python hppo_hybrid.py --env-id environments.hybrid:HybridMoving-v0    # then --resume or --eval with the folder
 """
 
-import contextlib
-import dataclasses
-import difflib
+import copy
 import functools
 import gc
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import json
 import logging
 import math
 import os
-import platform
+import pickle
 import random
-import re
 import shlex
-import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from dataclasses import dataclass
+import zipfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
+import typeguard
 import tyro
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-# ======================================================================================================
-# Args
-# ======================================================================================================
+# ===== Args ===========================================================================================================
 
 
 @dataclass
 class Args:
     # Task
-    env_id: str = "HybridMoving-v0"
-    """gymnasium id, with a Discrete choice and Boxes of parameters"""
-    seed: int = 1
-    """seed of torch, numpy and random; environment i starts from seed + i"""
-    total_timesteps: int = 1_000_000
-    """environment steps in all; only whole batches are run"""
-    num_envs: int = 8
-    """N, environments stepped side by side"""
-    parameter_mask: str | None = None
-    """K rows of P zeros and ones, JSON or its file: what each choice uses"""
-    hold: tuple[int, ...] = ()
-    """steps to hold a Box action, each a choice; counts are of decisions"""
-
+    env_id: str = "HalfCheetah-v4"  # gymnasium id; with MODULE:ID the module is imported first
+    env_kwargs: str = "{}"  # keyword arguments of gymnasium.make, as JSON
+    hold: tuple[int, ...] = (1, 2, 4)  # for Box actions only: the numbers of steps to hold one, each a choice
+    parameter_mask: str | None = None  # rows of 0 and 1, JSON or its file: the parameters that each choice uses
+    seed: int = 1  # of everything that is drawn
+    num_envs: int = 8  # N, environments stepped side by side
     # Algorithm
-    num_steps: int = 256
-    """T, steps of each environment in a batch of N x T"""
-    update_epochs: int = 10
-    """passes over each batch"""
-    num_minibatches: int = 32
-    """equal parts that each pass cuts the batch into"""
-    learning_rate: float = 3e-4
-    """Adam's step size at the start"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly, to 0 at the end"""
-    gamma: float = 0.99
-    """discount, in [0, 1]"""
-    gae_lambda: float = 0.95
-    """lambda of the advantage estimator, in [0, 1]"""
-    norm_adv: bool = True
-    """give each minibatch's advantages mean 0 and std 1"""
-    clip_coef: float = 0.2
-    """eps of the objective, 0: no clipping of ratio or value"""
-    clip_space: Literal["ratio", "log"] = "ratio"
-    """clip r to 1 +- eps, or put log r for r and clip it to +- eps"""
-    clip_vloss: bool = True
-    """clip the change of the value to +- eps too"""
-    ent_coef: float = 0.0
-    """c_e, weight of the entropy"""
-    vf_coef: float = 0.5
-    """c_v, weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """largest Euclidean norm of a minibatch's gradient"""
-    target_kl: float | None = None
-    """end the passes over a batch once approx_kl exceeds this, in nats"""
-    loss: Literal["separate", "joint"] = "separate"
-    """clip the ratios of choice and parameters apart, or their product"""
-    parameters: Literal["chosen", "all"] = "chosen"
-    """which of x the ratio counts: those that the choice uses, or all"""
-
+    num_steps: int = 256  # T, steps of each environment in a batch of N x T
+    update_epochs: int = 10  # passes over each batch
+    num_minibatches: int = 32  # equal parts that each pass cuts the batch into
+    learning_rate: float = 3e-4  # Adam's step size at the start
+    anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at the end
+    gamma: float = 0.99  # discount, in [0, 1]
+    gae_lambda: float = 0.95  # lambda of the advantage estimator, in [0, 1]
+    norm_adv: bool = True  # give each minibatch's advantages mean 0 and std 1
+    clip_coef: float = 0.2  # eps of the objective; 0: clip neither ratio nor value
+    clip_space: Literal["ratio", "log"] = "ratio"  # clip r to 1 +- eps, or take log r in its place, clipped to +- eps
+    clip_vloss: bool = True  # clip the change of the value to +- eps too
+    ent_coef: float = 0.0  # c_e, weight of the entropy
+    vf_coef: float = 0.5  # c_v, weight of the value loss
+    max_grad_norm: float = 0.5  # largest Euclidean norm of a minibatch's gradient
+    loss: Literal["separate", "joint"] = "separate"  # clip the ratios of choice and parameters apart, or their product
+    parameters: Literal["chosen", "all"] = "chosen"  # which of x count: those that the choice uses, or all
+    target_kl: float | None = None  # end the passes over a batch once approx_kl exceeds this, in nats
     # Network and scales
-    encoder_sizes: tuple[int, ...] = (256, 256)
-    """widths of the tanh layers before the heads"""
-    shared_encoder: bool = True
-    """one encoder for choice, parameters and value, or one for each"""
-    std_type: Literal["independent", "fixed", "state"] = "independent"
-    """sigma: free parameters, constants, or a head of the network"""
-    log_std_init: float = 0.0
-    """log sigma at the start"""
-    norm_obs: bool = True
-    """give observations mean 0 and variance 1, clip to [-10, 10]"""
-    norm_reward: bool = True
-    """divide rewards by the std of the discounted return, clip to [-10, 10]"""
-
-    # Machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks run; auto: cuda when there is one"""
-    compile: bool = True
-    """compile the update to one graph with torch.compile"""
-    torch_threads: int = 1
-    """torch's threads on the CPU; small networks lose with more"""
-
-    # Run folder
-    runs_dir: str = "runs"
-    """parent of the folder {env_id}__{exp_name}__{seed}__{time}"""
-    exp_name: str = Path(__file__).stem
-    """the experiment's name"""
-    checkpoint_every: int = 10
-    """iterations between two checkpoints"""
-    resume: str | None = None
-    """continue the run in this folder, with its own settings"""
-    track: bool = False
-    """copy the metrics to Weights & Biases, which is installed apart"""
-
-    # Evaluation
-    eval: str | None = None
-    """only evaluate the run in this folder"""
-    eval_episodes: int = 10
-    """greedy episodes, after training or for --eval"""
-    capture_video: bool = False
-    """film the evaluation, videos/*/*.mp4 in the run's folder"""
-
-
-# What a flag may change when a run is resumed or evaluated: all that does not change its course or its model.
-MAY_CHANGE = {
-    "resume": "resume device torch_threads checkpoint_every eval_episodes capture_video".split(),
-    "eval": "eval device torch_threads eval_episodes capture_video seed runs_dir".split(),
-}
+    encoder_sizes: tuple[int, ...] = (256, 256)  # widths of the tanh layers before the heads
+    shared_encoder: bool = True  # one encoder for choices, parameters and value, or one for each
+    std_type: Literal["independent", "fixed", "state"] = "independent"  # sigma: parameters, constants, or a head
+    log_std_init: float = 0.0  # log sigma at the start
+    norm_obs: bool = True  # give observations mean 0 and variance 1, clip to [-10, 10]
+    norm_reward: bool = True  # divide rewards by the std of the discounted return, clip to [-10, 10]
+    # Folder
+    runs_dir: str = "runs"  # parent of the run's folder, {env_id}__{exp_name}__{seed}__{time}
+    exp_name: str = Path(__file__).stem  # the experiment's name
+    init_from: str | None = None  # start from the weights and statistics in this run's folder, or .pt file
+    track: bool = False  # copy the metrics to Weights & Biases: pip install wandb==0.31.0
+    wandb_project: str = "compound-action-rl"  # the project there
+    wandb_entity: str | None = None  # the user or team there
+    # Above: fixed for the life of a run. Below: may change with --resume and --eval; total_timesteps comes first.
+    total_timesteps: int = 1_000_000  # environment steps in all; only whole batches are run
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks learn; auto: cuda when there is one
+    compile: bool = True  # compile the update to one graph with torch.compile
+    torch_threads: int = 1  # torch's threads on the CPU; small networks lose with more
+    checkpoint_every: float = 10.0  # seconds between two checkpoints
+    resume: str | None = None  # continue the run in this folder, up to --total-timesteps
+    eval: str | None = None  # only evaluate the run in this folder, or its best.pt
+    eval_episodes: int = 10  # greedy episodes of an evaluation; 0: no evaluation
+    eval_every: int = 0  # evaluate every so many iterations too, keep the best model as best.pt; 0: only at the end
+    eval_max_steps: int = 10_000  # end a greedy episode after so many steps
+    capture_video: bool = False  # film the evaluations, videos/*/*.mp4 in the run's folder
 
 
 def fail(message: str, status: int = 2):
@@ -176,673 +134,526 @@ def fail(message: str, status: int = 2):
     raise SystemExit(status)
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def notice(message: str):
+    tqdm.write(f"notice: {message}", file=sys.stderr)
 
 
-def help_page() -> str:
-    """Args as a page: one line a flag, under the comments that group the fields in its source."""
-    lines = [f"usage: python {Path(__file__).name} [--flag value ...]", "", __doc__.split("\n")[0]]
-    pattern = r'^    (?:# (.+)|(\w+): (.+) = .+\n    """(.+)""")$'
-    for group, name, kind, text in re.findall(pattern, inspect.getsource(Args), re.MULTILINE):
-        default = getattr(Args, name, None)
-        if group:
-            lines += ["", f"{group}:"]
-            continue
-        if kind == "bool":
-            invocation, default = f"{flag(name)}, {flag('no_' + name)}", "on" if default else "off"
-        elif kind.startswith("Literal"):
-            invocation = f"{flag(name)} {{{','.join(Args.__annotations__[name].__args__)}}}"
-        else:
-            kind = kind.removesuffix(" | None").replace("tuple[", "").replace(", ...]", " ...")
-            invocation = f"{flag(name)} {kind.upper()}"
-        lines.append(f"  {invocation:<37} {text} [{default}]")
-    return "\n".join(lines)
-
-
-def command_line(argv: list[str], **tyro_options) -> Args:
-    """tyro's reading of a command line; its box for a wrong one is put into one line."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, args=argv, add_help=False, **tyro_options)
-    except SystemExit:
-        said = re.split("─{9,}", box.getvalue().partition("╮")[2])[0]
-        fail(re.sub("[│╰╯]", " ", said) + " (--help lists the flags)")
-
-
-def parse_args(argv: list[str]) -> Args:
-    """Args from a command line. --resume and --eval start from the run's own settings, so a flag that contradicts
-    them is seen even where it names a default."""
-    if "-h" in argv or "--help" in argv:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that is left, head: no traceback
-        print(help_page())
-        raise SystemExit(0)
-    args = command_line(argv)
-    given = {name: getattr(args, name) for name in ("resume", "eval") if getattr(args, name) is not None}
-    if not given:
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Args from a command line; with --resume and --eval the defaults are the run's own settings."""
+    args = tyro.cli(Args, args=argv)
+    flag, path = ("--resume", args.resume) if args.resume is not None else ("--eval", args.eval)
+    if path is None:
         return args
-    if len(given) == 2:
-        fail(f"--resume {args.resume} and --eval {args.eval}: give one of them")
-    [(mode, folder)] = given.items()
-    saved = saved_args(mode, folder)
-    saved.device = "auto"  # a run may move to another machine
-    args = command_line(argv, default=saved)
-    for name, value in dataclasses.asdict(args).items():
-        if value != getattr(saved, name) and name not in MAY_CHANGE[mode]:
-            fail(f"{flag(name)} {value}: the run in {folder} has {getattr(saved, name)}; leave the flag out")
+    config = (Path(path).parent if path.endswith(".pt") else Path(path)) / "config.json"
+    try:
+        saved = json.loads(config.read_text())["args"]
+        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        for name, kind in get_type_hints(Args).items():
+            typeguard.check_type(saved[name], kind)
+            if isinstance(saved[name], bool) and kind is not bool:
+                raise TypeError(f"{name} is {saved[name]}")
+        default = Args(**saved)
+    except (OSError, ValueError, LookupError, TypeError, typeguard.TypeCheckError) as error:
+        fail(f"{flag} {path}: {config} is of no {Path(__file__).stem} run ({type(error).__name__}: {error})")
+    if ":" in default.env_id and args.env_id != default.env_id:  # import no module just because a file names it
+        fail(f"{path} needs the module in {default.env_id}: if you trust it, repeat --env-id {default.env_id}")
+    args = tyro.cli(Args, args=argv, default=default)
+    for name, value in asdict(args).items():
+        if name == "total_timesteps":
+            break
+        if name == "env_kwargs" and args.eval is not None:  # a policy may be tried on a variant of its environment
+            continue
+        if value != saved[name]:
+            fail(f"--{name.replace('_', '-')} {value}: the run in {path} has {saved[name]}; leave the flag out")
     return args
 
 
-def check_args(args: Args):
-    """Leave with one line for a value that no run could use."""
-    unit_interval = {"gamma", "gae_lambda"}
-    at_least_0 = {"seed", "clip_coef", "vf_coef", "ent_coef"}
-    for name, value in dataclasses.asdict(args).items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            continue
-        if name == "log_std_init" and not abs(value) <= 20:
-            fail(f"{flag(name)} {value}: must be in [-20, 20]")
-        if name in unit_interval and not 0 <= value <= 1:
-            fail(f"{flag(name)} {value}: must be in [0, 1]")
-        if name in at_least_0 and not 0 <= value < 2**31:
-            fail(f"{flag(name)} {value}: must be 0 or more, and below 2**31")
-        if name not in {*unit_interval, *at_least_0, "log_std_init"} and not 0 < value < math.inf:
-            fail(f"{flag(name)} {value}: must be above 0")
-    if min(args.encoder_sizes, default=0) < 1:
-        fail(f"--encoder-sizes {args.encoder_sizes}: needed are one or more widths above 0")
-    if min(args.hold, default=1) < 1:
-        fail(f"--hold {args.hold}: must be 1 or more steps each")
+def check(args: Args):
+    """Exit with 2 and one line for what no run could use. A field of your own needs no entry here."""
+    for low, high, names in [
+        (1, math.inf, "num_envs num_steps update_epochs num_minibatches torch_threads eval_max_steps"),
+        (0, math.inf, "eval_episodes eval_every checkpoint_every max_grad_norm"),
+        (0, sys.float_info.max, "learning_rate clip_coef ent_coef vf_coef target_kl"),
+        (0, 1, "gamma gae_lambda"),
+        (0, 2**32 - 1, "seed"),
+        (-20, 20, "log_std_init"),
+    ]:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:
+                fail(f"--{name.replace('_', '-')} {value}: must be in [{low:g}, {high:g}]")
+    if args.parameter_mask is not None:
+        try:
+            if os.path.isfile(args.parameter_mask):
+                args.parameter_mask = Path(args.parameter_mask).read_text().strip()  # the run keeps it, not the name
+            json.loads(args.parameter_mask)
+        except (OSError, ValueError) as error:
+            fail(f"--parameter-mask {args.parameter_mask}: neither a file nor JSON ({error})")
     batch_size = args.num_envs * args.num_steps
-    batch = f"the batch, {args.num_envs} x {args.num_steps} = {batch_size} steps"
-    if batch_size % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: must divide {batch}")
-    if args.total_timesteps < batch_size:
-        fail(f"--total-timesteps {args.total_timesteps}: must be at least {batch}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail(f"--device cuda: torch {torch.__version__} finds no CUDA device here; use --device cpu or auto")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track: Weights & Biases is not installed; pip install wandb==0.31.0")
-    if "/" in args.exp_name:
-        fail(f"--exp-name {args.exp_name}: must do as part of a folder's name, without /")
+    for flag, wrong, must in [
+        ("--hold", min(args.hold, default=0) < 1, "must be one or more numbers of steps, each at least 1"),
+        ("--encoder-sizes", min(args.encoder_sizes, default=0) < 1, "must be one or more widths, each at least 1"),
+        ("--num-minibatches", batch_size % args.num_minibatches, f"must divide the batch of {batch_size} steps"),
+        ("--total-timesteps", args.total_timesteps < batch_size, f"must be at least the batch of {batch_size} steps"),
+        ("--exp-name", set(args.exp_name) & set("/\\:"), "goes into a folder's name, so it cannot have / \\ or :"),
+        ("--device", args.device == "cuda" and not torch.cuda.is_available(), "needs a GPU that torch finds"),
+        ("--eval", args.eval is not None and args.resume is not None, "cannot go with --resume"),
+        ("--eval-every", args.eval_every and not args.eval_episodes, "evaluates nothing with --eval-episodes 0"),
+        ("--eval", args.eval is not None and not args.eval_episodes, "evaluates nothing with --eval-episodes 0"),
+        ("--track", args.track and importlib.util.find_spec("wandb") is None, "needs pip install wandb==0.31.0"),
+    ]:
+        if wrong:
+            fail(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: {must}")
 
 
-# ======================================================================================================
-# Environments
-#
-# Inside this script a hybrid action is a vector (k, x_1 ... x_P): the choice k = 0 ... K - 1, then the
-# parameters of all choices, each in [-1, 1]. HybridSpace turns what an environment's own action space is
-# into that and back. As in ppo_continuous.py autoreset stays off: the finished environments, and only
-# those, are reset at once, so every row of a rollout is a real transition.
-# ======================================================================================================
+# ===== Environments ===================================================================================================
 
 
-@dataclass
-class HybridSpace:
-    """K choices, P parameters with the environment's bounds, and which of them each choice uses."""
+def leaves(space: gym.Space) -> list:
+    """The spaces in a Tuple or Dict of spaces, nested or not, in their order; of any other space itself."""
+    if isinstance(space, gym.spaces.Tuple | gym.spaces.Dict):
+        parts = space.spaces.values() if isinstance(space, gym.spaces.Dict) else space.spaces
+        return [leaf for part in parts for leaf in leaves(part)]
+    return [space]
 
-    space: gym.Space
-    K: int
-    start: int  # of the Discrete
-    low: np.ndarray  # [P]
-    high: np.ndarray  # [P]
-    mask: np.ndarray  # bool [K, P]
-    boxes: list[gym.spaces.Box]
+
+def nest(space: gym.Space, parts):
+    """The inverse: an iterator's next values, one for each of leaves(space), in the form of its elements."""
+    if isinstance(space, gym.spaces.Tuple):
+        return tuple(nest(part, parts) for part in space.spaces)
+    if isinstance(space, gym.spaces.Dict):
+        return {name: nest(part, parts) for name, part in space.spaces.items()}
+    return next(parts)
+
+
+class HybridSpace(gym.spaces.Box):
+    """Vectors (k_1 ... k_D, x_1 ... x_P) for the actions of another space: a choice, counted from 0, for each Discrete,
+    D in all, then the numbers of all its Boxes, from [-1, 1] onto their bounds; those of an integer Box are rounded.
+
+    parameter_mask, bool [C, P], tells what the choices use: it has a row for each choice of each Discrete in turn. A
+    parameter is used if all choices made use it. Without a mask the Boxes of a Tuple with one Discrete, where they are
+    as many as its choices, are one for each; else, and in a Dict, whose order says nothing, each choice uses all.
+
+    Raises ValueError for a space with other parts, with no choice or no Box, for bounds that are not finite, and for a
+    mask of another shape or with other numbers than 0 and 1.
+    """
+
+    def __init__(self, space: gym.Space, parameter_mask=None):
+        self.space, self.leaves = space, leaves(space)
+        boxes = [leaf for leaf in self.leaves if isinstance(leaf, gym.spaces.Box)]
+        choices = [leaf for leaf in self.leaves if isinstance(leaf, gym.spaces.Discrete | gym.spaces.MultiDiscrete)]
+        if not boxes or not choices or len(boxes) + len(choices) < len(self.leaves):
+            raise ValueError(f"actions are {space}; needed are Discretes and Boxes in a Tuple or Dict, or a Box")
+        if not all((np.isfinite(box.low) & np.isfinite(box.high) & (box.low <= box.high)).all() for box in boxes):
+            raise ValueError(f"actions are {space}; every parameter needs finite bounds, low <= high")
+        sizes = [math.prod(box.shape) for box in boxes]
+        self.nvec = np.concatenate([nvec_of(leaf) for leaf in choices])
+        D, C, P = len(self.nvec), self.nvec.sum(), sum(sizes)
+        super().__init__(np.float32([0] * D + [-1] * P), np.float32([*(self.nvec - 1)] + [1] * P))
+
+        mask = np.ones((C, P), dtype=bool) if parameter_mask is None else np.asarray(parameter_mask)
+        if parameter_mask is None and isinstance(space, gym.spaces.Tuple) and D == 1 and len(boxes) == C:
+            mask = np.repeat(np.arange(C), sizes) == np.arange(C)[:, None]
+        if mask.shape != (C, P) or not np.isin(mask, (0, 1)).all():
+            raise ValueError(f"the parameter mask has shape {mask.shape}; needed are 0s and 1s of shape [{C}, {P}]")
+        self.parameter_mask = mask.astype(bool)
+
+        # For to_env: bounds and scale of the vector in the environment's numbers, and which of it is each leaf's.
+        start = np.concatenate([np.ravel(leaf.start) for leaf in choices])
+        self.lowest = np.concatenate([start, *(box.low.ravel() for box in boxes)], dtype=np.float64)
+        self.highest = np.concatenate([start + self.nvec - 1, *(box.high.ravel() for box in boxes)], dtype=np.float64)
+        self.scale = np.where(np.arange(D + P) < D, 1, (self.highest - self.lowest) / 2)
+        self.columns, choice, parameter = [], 0, D
+        for leaf in self.leaves:
+            size = math.prod(leaf.shape)
+            if isinstance(leaf, gym.spaces.Box):
+                self.columns.append(slice(parameter, parameter + size))
+                parameter += size
+            else:
+                self.columns.append(slice(choice, choice + size))
+                choice += size
 
     def to_env(self, actions: np.ndarray):
-        """(k, x) [..., 1 + P] -> the environment's action, with leading dimensions where the input has them."""
-        k = actions[..., 0].astype(np.int64) + self.start
-        x = self.low + (actions[..., 1:] + 1) / 2 * (self.high - self.low)
-        x = np.clip(x, self.low, self.high)  # rounding leads out of the bounds of a float64 Box
-        parts, at = [], 0
-        for box in self.boxes:
-            part = x[..., at : at + math.prod(box.shape)]
-            part = part.round() if np.issubdtype(box.dtype, np.integer) else part
-            parts.append(part.reshape(*x.shape[:-1], *box.shape).astype(box.dtype))
-            at += math.prod(box.shape)
-        if isinstance(self.space, gym.spaces.Dict):
-            parts = iter(parts)
-            spaces = self.space.spaces.items()
-            return {name: k if isinstance(s, gym.spaces.Discrete) else next(parts) for name, s in spaces}
-        if isinstance(self.space[1], gym.spaces.Tuple):
-            return k, tuple(parts)
-        return k, *parts
-
-
-def hybrid_space(space: gym.Space, mask=None) -> HybridSpace:
-    """HybridSpace of Tuple(Discrete, Box), Tuple(Discrete, Box_1 ... Box_m), Tuple(Discrete, Tuple(Box_1 ... Box_m)) or
-    a Dict of a Discrete and Boxes. Without a mask [K, P] a Tuple's Boxes, where they are as many as the choices, are
-    one for each; else, and in a Dict, whose order says nothing, every choice uses all. Raises ValueError, with what is
-    wrong, for all else."""
-    leaves = list(space.values()) if isinstance(space, gym.spaces.Dict) else []
-    if isinstance(space, gym.spaces.Tuple):
-        leaves = list(space)
-        if len(leaves) == 2 and isinstance(leaves[1], gym.spaces.Tuple):
-            leaves = [leaves[0], *leaves[1]]
-    choices = [leaf for leaf in leaves if isinstance(leaf, gym.spaces.Discrete)]
-    boxes = [leaf for leaf in leaves if isinstance(leaf, gym.spaces.Box)]
-    if len(choices) != 1 or not boxes or len(leaves) != len(choices) + len(boxes):
-        raise ValueError(f"actions are {space}; needed are one Discrete and Boxes in a Tuple or Dict")
-    if isinstance(space, gym.spaces.Tuple) and leaves[0] is not choices[0]:
-        raise ValueError(f"actions are {space}; the Discrete must come first")
-    low = np.concatenate([box.low.ravel() for box in boxes]).astype(np.float64)
-    high = np.concatenate([box.high.ravel() for box in boxes]).astype(np.float64)
-    if not (np.isfinite(low) & np.isfinite(high)).all() or (low > high).any():
-        raise ValueError(f"actions are {space}; every parameter needs finite bounds, low <= high")
-    K, P = int(choices[0].n), len(low)
-    if mask is None:
-        mask = np.ones((K, P), dtype=bool)
-        if len(boxes) == K and isinstance(space, gym.spaces.Tuple):
-            owner = np.repeat(np.arange(K), [math.prod(box.shape) for box in boxes])
-            mask = owner == np.arange(K)[:, None]
-    mask = np.asarray(mask)
-    if mask.shape != (K, P) or not np.isin(mask, (0, 1)).all():
-        raise ValueError(f"the parameter mask has shape {mask.shape}; needed are 0s and 1s of shape [{K}, {P}]")
-    return HybridSpace(space, K, int(choices[0].start), low, high, mask.astype(bool), boxes)
-
-
-def flat(obs) -> np.ndarray:
-    """An observation of arrays and numbers, tuples and dicts of them, as one float32 vector."""
-    if isinstance(obs, dict):
-        obs = [obs[name] for name in sorted(obs)]
-    if isinstance(obs, (tuple, list)):
-        return np.concatenate([flat(part) for part in obs])
-    return np.asarray(obs, dtype=np.float32).reshape(-1)
-
-
-def flat_size(space: gym.Space) -> int:
-    """Length of flat(an observation of the space). Raises ValueError for what is neither a vector nor a number."""
-    if isinstance(space, (gym.spaces.Tuple, gym.spaces.Dict)):
-        return sum(map(flat_size, space.spaces.values() if isinstance(space, gym.spaces.Dict) else space.spaces))
-    if isinstance(space, gym.spaces.Discrete):
-        return 1
-    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
-        return space.shape[0]
-    raise ValueError(f"observations are {space}; supported are flat Boxes and Discretes, and Tuples and Dicts of them")
-
-
-def valid_choices(env, info: dict):
-    """The action_mask that an environment, or a vector environment, gives in info or as an attribute; None without."""
-    attribute = getattr(env.unwrapped, "action_mask", None)  # a method of the name has arguments of its own
-    return info.get("action_mask", None if callable(attribute) else attribute)
-
-
-class HybridActions(gym.Wrapper):
-    """An environment with actions (k, x_1 ... x_P) and flat float32 observations. Where it tells which choices are
-    valid (action_mask, as an attribute or in info, reset's too), these K numbers 0 or 1 follow the observation."""
-
-    def __init__(self, env: gym.Env, mask=None):
-        super().__init__(env)
-        mask = getattr(env.unwrapped, "parameter_mask", None) if mask is None else mask
-        self.hybrid = hybrid_space(env.action_space, mask)
-        valid = valid_choices(env, env.reset(seed=0)[1])
-        self.masks_choices = valid is not None
-        if self.masks_choices and np.shape(valid) != (self.hybrid.K,):
-            raise ValueError(f"the action mask has shape {np.shape(valid)}; needed is [{self.hybrid.K}]")
-        size = flat_size(env.observation_space) + self.hybrid.K * self.masks_choices
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
-        low, high = np.broadcast_to([[-1.0], [1.0]], (2, 1 + len(self.hybrid.low))).astype(np.float32)
-        low[0], high[0] = 0, self.hybrid.K - 1
-        self.action_space = gym.spaces.Box(low, high)
-
-    def observe(self, obs, info: dict) -> np.ndarray:
-        if not self.masks_choices:
-            return flat(obs)
-        valid = valid_choices(self.env, info)  # an episode's last info may be without
-        return flat((obs, np.ones(self.hybrid.K) if valid is None else valid))
-
-    def reset(self, **kwargs):
-        obs, info = self.env.reset(**kwargs)
-        return self.observe(obs, info), info
-
-    def step(self, action: np.ndarray):
-        obs, reward, terminated, truncated, info = self.env.step(self.hybrid.to_env(action))
-        return self.observe(obs, info), reward, terminated, truncated, info
+        """(k, x) [..., D + P] -> an element of the space, its arrays with the same leading dimensions."""
+        values = self.lowest + (actions - self.low) * self.scale
+        values = values.clip(self.lowest, self.highest)  # rounding leads out of the bounds of a float64 Box
+        parts = []
+        for leaf, columns in zip(self.leaves, self.columns):
+            part = values[..., columns].reshape((*actions.shape[:-1], *leaf.shape))
+            if leaf.dtype.kind in "iu":
+                part = np.rint(part)
+            part = np.asarray(part, dtype=leaf.dtype)
+            parts.append(part if isinstance(leaf, gym.spaces.Box) else part[()])  # a Discrete's is a number
+        return nest(self.space, iter(parts))
 
 
 class Hold(gym.Wrapper):
-    """An environment with Box actions as a hybrid one: (k, action), the action held for holds[k] steps. Rewards are
-    summed; info["steps_held"] says how many steps it was, fewer than holds[k] where the episode ended."""
+    """Box actions as hybrid ones, (k, action): the action is held for tau = holds[k] steps, or to the episode's end.
+    The reward is the plain sum of theirs; sum gamma^i r_i and gamma^tau are info["reward_and_discount"]."""
 
-    def __init__(self, env: gym.Env, holds: tuple[int, ...]):
+    def __init__(self, env: gym.Env, holds: tuple[int, ...], gamma: float):
         super().__init__(env)
-        if not isinstance(env.action_space, gym.spaces.Box):
-            raise ValueError(f"actions are {env.action_space}; --hold needs a Box")
-        self.holds = holds
+        self.holds, self.gamma = holds, gamma
         self.action_space = gym.spaces.Tuple([gym.spaces.Discrete(len(holds)), env.action_space])
 
     def step(self, action):
-        total, duration, done = 0.0, 0, False
-        while duration < self.holds[action[0]] and not done:
-            obs, reward, terminated, truncated, info = self.env.step(action[1])
-            total, duration, done = total + float(reward), duration + 1, terminated or truncated
-        return obs, total, terminated, truncated, {**info, "steps_held": duration}
+        k, held = action
+        total, worth, discount = 0.0, 0.0, 1.0
+        for _ in range(self.holds[k]):
+            obs, reward, terminated, truncated, info = self.env.step(held)
+            reward = np.asarray(reward).item()  # it may be an array of one element
+            total += reward
+            worth += discount * reward
+            discount *= self.gamma
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, {**info, "reward_and_discount": (worth, discount)}
 
 
-def make_env(args: Args, **kwargs) -> gym.Env:
-    """One environment as HybridActions, else exit 2."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is out of date")  # the v4 ids are meant
-        try:
-            env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
-        except gym.error.UnregisteredEnv as error:
-            close = difflib.get_close_matches(args.env_id, gym.registry, n=3)
-            fail(f"--env-id {args.env_id}: {error}" + (f" Close matches: {', '.join(close)}" if close else ""))
-        except Exception as error:  # whatever a third party's constructor raises is about this id
-            fail(f"--env-id {args.env_id}: cannot be made: {error}")
-    mask = None
-    if args.parameter_mask is not None:
-        try:
-            if os.path.exists(args.parameter_mask):
-                args.parameter_mask = Path(args.parameter_mask).read_text().strip()  # the run keeps it, not the name
-            mask = np.array(json.loads(args.parameter_mask))
-        except (OSError, ValueError) as error:
-            fail(f"--parameter-mask {args.parameter_mask}: neither a file nor JSON, rows of 0 and 1 a choice ({error})")
+def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None) -> gym.Env:
+    """An environment with flat observations and actions in a HybridSpace; exits with 2 for any other."""
+    about = f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}'"
     try:
-        return HybridActions(Hold(env, args.hold) if args.hold else env, mask)
-    except Exception as error:  # about its spaces, or whatever its first reset raises
-        others = {"Box": "ppo_continuous.py", "Discrete": "vmpo.py", "MultiDiscrete": "ppo_multidiscrete_joint_loss.py"}
-        serves = others.get(type(env.action_space).__name__)
-        fail(f"--env-id {args.env_id}: {error}" + (f"; {serves} serves this space" if serves and not args.hold else ""))
-
-
-def to_env(actions: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
-    """Actions [..., A] as the policy draws them -> as the environment takes them: clipped to its bounds."""
-    return np.clip(actions, space.low, space.high)
-
-
-class GymnasiumEnvs:
-    """N environments stepped in a plain loop, which takes a tenth less time than gymnasium's SyncVectorEnv."""
-
-    def __init__(self, args: Args):
-        self.envs = [make_env(args) for _ in range(args.num_envs)]
-        self.durations = np.ones(args.num_envs)  # steps of the environment that the last actions took
-
-    def reset(self, indices, seed: int | None = None) -> np.ndarray:
-        """Start new episodes in these environments; their first observations, float32 [len(indices), O]."""
-        seeds = [None if seed is None else seed + int(i) for i in indices]
-        return np.array([self.envs[i].reset(seed=s)[0] for i, s in zip(indices, seeds)], dtype=np.float32)
-
-    def step(self, actions: np.ndarray):
-        """actions [N, 1 + P] -> next_obs float32 [N, O], rewards float64 [N], terminated and truncated bool [N]."""
-        n = len(self.envs)
-        obs = np.empty((n, *self.envs[0].observation_space.shape), dtype=np.float32)
-        rewards, terminated, truncated = np.empty(n), np.empty(n, dtype=bool), np.empty(n, dtype=bool)
-        for i, env in enumerate(self.envs):
-            obs[i], rewards[i], terminated[i], truncated[i], info = env.step(actions[i])
-            self.durations[i] = info.get("steps_held", 1)
-        return obs, rewards, terminated, truncated
-
-    def state(self) -> list[dict] | None:
-        """Everything that a continued episode depends on, or None where that cannot be captured."""
-        states = [mujoco_state(env) for env in self.envs]
-        return None if None in states else states
-
-    def load_state(self, states: list[dict]):
-        for env, state in zip(self.envs, states):
-            load_mujoco_state(env, state)
-
-
-class BatchedEnvs:
-    """N environments that one vector environment steps at once."""
-
-    def __init__(self, env: gym.vector.VectorEnv, single: HybridActions):
-        self.env, self.single = env, single
-        self.durations = np.ones(env.num_envs)
-
-    def observe(self, obs, info: dict) -> np.ndarray:
-        parts = [np.asarray(obs, dtype=np.float32).reshape(self.env.num_envs, -1)]
-        if self.single.masks_choices:
-            valid = valid_choices(self.env, info)
-            parts.append(np.ones((self.env.num_envs, self.single.hybrid.K)) if valid is None else np.asarray(valid))
-        return np.concatenate(parts, axis=1, dtype=np.float32)
-
-    def reset(self, indices, seed: int | None = None) -> np.ndarray:
-        mask = np.isin(np.arange(self.env.num_envs), indices)
-        return self.observe(*self.env.reset(seed=seed, options={"reset_mask": mask}))[mask]
-
-    def step(self, actions: np.ndarray):
-        obs, rewards, terminated, truncated, info = self.env.step(self.single.hybrid.to_env(actions))
-        return self.observe(obs, info), rewards.astype(np.float64), terminated, truncated
-
-    def state(self) -> dict | None:
-        return self.env.state() if isinstance(self.env, PlaneVectorEnv) else None
-
-    def load_state(self, state: dict):
-        self.env.load_state(state)
-
-
-def mujoco_state(env: gym.Env) -> dict | None:
-    """The physics, the random generator and the step counter of a MuJoCo environment; None for any other."""
-    base = env.unwrapped
-    mujoco_env = sys.modules.get("gymnasium.envs.mujoco.mujoco_env")  # the script itself can do without MuJoCo
-    if mujoco_env is None or not isinstance(base, mujoco_env.MujocoEnv):
-        return None
-    import mujoco
-
-    spec = mujoco.mjtState.mjSTATE_INTEGRATION
-    physics = np.empty(mujoco.mj_stateSize(base.model, spec))
-    mujoco.mj_getState(base.model, base.data, physics, spec)
-    # Some environments read derived arrays (Ant xpos, Humanoid xipos) before the next step recomputes them.
-    arrays = {name: getattr(base.data, name) for name in dir(base.data) if not name.startswith("_")}
-    arrays = {name: a for name, a in arrays.items() if isinstance(a, np.ndarray) and a.size and a.dtype.kind in "fi"}
-    return {
-        "physics": torch.from_numpy(physics),
-        "derived": {name: torch.from_numpy(array.copy()) for name, array in arrays.items()},
-        "rng": base.np_random.bit_generator.state,
-        "elapsed_steps": env.get_wrapper_attr("_elapsed_steps") if env.has_wrapper_attr("_elapsed_steps") else None,
-    }
-
-
-def load_mujoco_state(env: gym.Env, state: dict):
-    """Continue the episode that mujoco_state captured, bit for bit."""
-    import mujoco
-
-    base = env.unwrapped
-    env.reset()
-    mujoco.mj_setState(base.model, base.data, state["physics"].numpy(), mujoco.mjtState.mjSTATE_INTEGRATION)
-    for name, array in state["derived"].items():
-        if getattr(base.data, name).shape == tuple(array.shape):  # those of the contacts are made anew in each step
-            getattr(base.data, name)[...] = array.numpy()
-    base.np_random.bit_generator.state = state["rng"]
-    if state["elapsed_steps"] is not None:  # gymnasium's TimeLimit
-        env.set_wrapper_attr("_elapsed_steps", state["elapsed_steps"])
-
-
-def make_envs(args: Args, seed: int):
-    single, disabled = make_env(args), gym.vector.AutoresetMode.DISABLED
-    batched = single.spec.vector_entry_point is not None and isinstance(single.env.observation_space, gym.spaces.Box)
-    if batched and not args.hold:
-        try:
-            env = gym.make_vec(args.env_id, args.num_envs, autoreset_mode=disabled)
-            if env.metadata.get("autoreset_mode") == disabled:
-                return BatchedEnvs(env, single)
-            reason = f"its autoreset_mode is {env.metadata.get('autoreset_mode')}, not {disabled}"
-        except Exception as error:  # whatever a third party's constructor raises
-            reason = f"{type(error).__name__}: {error}"
-        tqdm.write(f"notice: the batched {args.env_id} cannot be used, so single ones are ({reason})", file=sys.stderr)
-    return GymnasiumEnvs(args)
-
-
-# The embedded environments. Each is a world in arrays [N, ...] of float64, so that N of them cost little more than one.
-
-
-class PlaneVectorEnv(gym.vector.VectorEnv):
-    """N agents in the plane, each with a target within [-1, 1]^2, stepped together.
-
-    Actions (k int [N], x [N, P]); observations float32 [N, O]. Environment i draws its starts from a generator of its
-    own, seeded with seed + i. Autoreset as gymnasium's default, in the next step, or AutoresetMode.DISABLED, where
-    reset(options={"reset_mask": bool [N]}) starts new episodes. info["is_success"] is bool [N].
-    """
-
-    STARTS: int  # numbers in [0, 1) that a start is made of
-    STEPS: int  # of an episode, at most
-    OBS: int
-    RADIUS = 0.1  # of the target
-
-    def __init__(
-        self,
-        num_envs: int = 1,
-        render_mode: str | None = None,
-        autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP,
-        **kwargs,
-    ):
-        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 20, "autoreset_mode": autoreset_mode}
-        if autoreset_mode == gym.vector.AutoresetMode.SAME_STEP:
-            raise ValueError("autoreset_mode: must be NEXT_STEP or DISABLED")
-        self.num_envs, self.render_mode = num_envs, render_mode
-        self.parameter_mask = self.make_parameter_mask(**kwargs)  # bool [K, P]
-        K, P = self.parameter_mask.shape
-        box = gym.spaces.Box(*np.float32(self.bounds(P)))
-        self.single_action_space = gym.spaces.Tuple([gym.spaces.Discrete(K), box])
-        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (self.OBS,), np.float32)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.rngs = [np.random.default_rng() for _ in range(num_envs)]
-        self.over = np.ones(num_envs, dtype=bool)  # waits for its reset
-        self.arrays = {"t": np.zeros(num_envs), "pos": np.zeros((num_envs, 2)), "target": np.zeros((num_envs, 2))}
-
-    def bounds(self, P: int):
-        return -np.ones(P), np.ones(P)
-
-    def distance(self) -> np.ndarray:
-        return np.sqrt(((self.arrays["target"] - self.arrays["pos"]) ** 2).sum(-1))
-
-    def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None):
-        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool)))
-        seeds = [None if seed is None else seed + i for i in range(self.num_envs)] if np.ndim(seed) == 0 else seed
-        for i in np.flatnonzero(mask):
-            if seeds[i] is not None:
-                self.rngs[i] = np.random.default_rng(seeds[i])
-        self.restart(mask)
-        return self.observe(), {}
-
-    def restart(self, mask: np.ndarray):
-        if mask.any():
-            self.arrays["t"][mask], self.over[mask] = 0, False
-            draws = np.array([self.rngs[i].random(self.STARTS) for i in np.flatnonzero(mask)])
-            for name, value in self.start(draws).items():
-                self.arrays.setdefault(name, np.zeros((self.num_envs, *value.shape[1:])))[mask] = value
-
-    def step(self, actions):
-        k, x = np.asarray(actions[0]), np.asarray(actions[1], dtype=np.float64)
-        waited = self.over.copy()
-        if waited.any() and self.metadata["autoreset_mode"] == gym.vector.AutoresetMode.DISABLED:
-            raise ValueError(f"environments {np.flatnonzero(waited)} have ended: reset them first")
-        self.arrays["t"] += 1
-        rewards, terminated, success = self.advance(k, x)
-        if waited.any():  # their step is the reset
-            self.restart(waited)
-            rewards, terminated, success = rewards * ~waited, terminated & ~waited, success & ~waited
-        self.over = terminated.copy()
-        return self.observe(), rewards, terminated, np.zeros(self.num_envs, dtype=bool), {"is_success": success}
-
-    def state(self) -> dict:
-        arrays = {name: torch.from_numpy(array.copy()) for name, array in {**self.arrays, "over": self.over}.items()}
-        return {"arrays": arrays, "rngs": [rng.bit_generator.state for rng in self.rngs]}
-
-    def load_state(self, state: dict):
-        self.arrays = {name: tensor.numpy().copy() for name, tensor in state["arrays"].items()}
-        self.over = self.arrays.pop("over")
-        for rng, rng_state in zip(self.rngs, state["rngs"]):
-            rng.bit_generator.state = rng_state
-
-    def render(self) -> tuple[np.ndarray, ...]:
-        """A picture of each: the field, the target in green, the agent in blue with its heading in black."""
-        x, y = np.meshgrid(np.linspace(-1.2, 1.2, 240), np.linspace(1.2, -1.2, 240))
-        pictures = []
-        for i in range(self.num_envs):
-            picture = np.full((240, 240, 3), 255, dtype=np.uint8)
-            picture[np.maximum(abs(x), abs(y)) > 1] = 210
-            heading = self.heading()[i]
-            spots = [
-                (self.arrays["target"][i], self.RADIUS, (0, 158, 115)),
-                (self.arrays["pos"][i], 0.05, (0, 114, 178)),
-            ]
-            spots += [(self.arrays["pos"][i] + s * heading, 0.015, (0, 0, 0)) for s in np.linspace(0, 0.12, 12)]
-            for centre, radius, colour in spots:
-                picture[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 < radius**2] = colour
-            pictures.append(picture)
-        return tuple(pictures)
-
-
-class MovingVectorEnv(PlaneVectorEnv):
-    """Drive to the target and stop within it: gym-hybrid's Moving, and with slide=True its Sliding.
-
-    k 0 ACCELERATE(p in [0, 1]): speed += 0.5 p. k 1 TURN(p in [-1, 1]): heading += p pi / 2. k 2 BRAKE: speed -= 0.1,
-    not below 0. Then the position moves by 0.005 speed along the heading. Sliding keeps the speed's direction apart
-    from the heading: thrust adds to it as a vector. Reward: how much nearer, less 0.001, and +1 for standing within the
-    target, which ends the episode; so does leaving the field, or t > 200, with a reward of -1. The time is observed, so
-    its end is a termination. Observation: x, y, speed, cos, sin of the heading, target x, y, distance, inside, t / 200.
-    """
-
-    STARTS, STEPS, OBS = 5, 200, 10
-
-    def make_parameter_mask(self, slide: bool = False) -> np.ndarray:
-        self.slide = slide
-        return np.array([[1, 0], [0, 1], [0, 0]], dtype=bool)
-
-    def bounds(self, P: int):
-        return np.array([0.0, -1.0]), np.array([1.0, 1.0])
-
-    def start(self, u: np.ndarray) -> dict:
-        heading = u[:, 4] * 2 * np.pi
-        zero = np.zeros(len(u))
-        return {
-            "pos": 2 * u[:, :2] - 1,
-            "target": 0.9 * (2 * u[:, 2:4] - 1),
-            "heading": heading,
-            "speed": zero,
-            "phi": heading,
-        }
-
-    def advance(self, k: np.ndarray, x: np.ndarray):
-        s, before = self.arrays, self.distance()
-        thrust = np.where(k == 0, 0.5 * x[:, 0], 0.0)
-        s["heading"] = s["heading"] + np.where(k == 1, x[:, 1] * np.pi / 2, 0.0)
-        if self.slide:
-            vx = s["speed"] * np.cos(s["phi"]) + thrust * np.cos(s["heading"])
-            vy = s["speed"] * np.sin(s["phi"]) + thrust * np.sin(s["heading"])
-            s["speed"] = np.where(k == 0, np.sqrt(vx**2 + vy**2), s["speed"])
-            s["phi"] = np.where(k == 0, np.arctan2(vy, vx), s["phi"])
-        else:
-            s["speed"], s["phi"] = s["speed"] + thrust, s["heading"]
-        s["speed"] = np.where(k == 2, np.maximum(s["speed"] - 0.1, 0.0), s["speed"])
-        s["pos"] = s["pos"] + 0.005 * s["speed"][:, None] * np.stack([np.cos(s["phi"]), np.sin(s["phi"])], -1)
-        after = self.distance()
-        success = (after < self.RADIUS) & (s["speed"] == 0)
-        failure = ~success & ((abs(s["pos"]) > 1).any(-1) | (s["t"] > self.STEPS))
-        return np.where(failure, -1.0, before - after - 0.001 + success), success | failure, success
-
-    def observe(self) -> np.ndarray:
-        s, distance = self.arrays, self.distance()
-        columns = [s["pos"][:, 0], s["pos"][:, 1], s["speed"], np.cos(s["heading"]), np.sin(s["heading"])]
-        columns += [s["target"][:, 0], s["target"][:, 1], distance, distance < self.RADIUS, s["t"] / self.STEPS]
-        return np.stack(columns, -1, dtype=np.float32, casting="same_kind")
-
-    def heading(self) -> np.ndarray:
-        return np.stack([np.cos(self.arrays["heading"]), np.sin(self.arrays["heading"])], -1)
-
-
-class HardMoveVectorEnv(PlaneVectorEnv):
-    """Reach the target with n actuators, of which every choice switches on a subset (after HyAR's Hard Move).
-
-    Choice k switches on the actuators i whose bit i of k is set; the position moves by 0.1 times the sum of their p_i
-    in [-1, 1] along the angles 2 pi i / n. The reward is that of Moving, but the target need only be reached, within 25
-    steps. Observation: x, y, target x, y, target - position, distance, t / 25.
-    """
-
-    STARTS, STEPS, OBS, FORCE = 4, 25, 8, 0.1
-
-    def make_parameter_mask(self, n: int = 4) -> np.ndarray:
-        self.directions = np.stack([np.cos(2 * np.pi * np.arange(n) / n), np.sin(2 * np.pi * np.arange(n) / n)], -1)
-        return (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(bool)
-
-    def start(self, u: np.ndarray) -> dict:
-        return {"pos": 2 * u[:, :2] - 1, "target": 0.9 * (2 * u[:, 2:] - 1), "move": np.zeros((len(u), 2))}
-
-    def advance(self, k: np.ndarray, x: np.ndarray):
-        s, before = self.arrays, self.distance()
-        switched = x * self.parameter_mask[k]
-        s["move"] = np.zeros((self.num_envs, 2))
-        for i, direction in enumerate(self.directions):  # a matrix product's order of summation can vary with N
-            s["move"] += switched[:, i, None] * direction
-        s["pos"] = s["pos"] + self.FORCE * s["move"]
-        after = self.distance()
-        success = after < self.RADIUS
-        failure = ~success & ((abs(s["pos"]) > 1).any(-1) | (s["t"] >= self.STEPS))
-        return np.where(failure, -1.0, before - after - 0.001 + success), success | failure, success
-
-    def observe(self) -> np.ndarray:
-        s = self.arrays
-        columns = [
-            s["pos"],
-            s["target"],
-            s["target"] - s["pos"],
-            self.distance()[:, None],
-            s["t"][:, None] / self.STEPS,
-        ]
-        return np.concatenate(columns, -1, dtype=np.float32, casting="same_kind")
-
-    def heading(self) -> np.ndarray:
-        return self.arrays["move"] / np.maximum(np.sqrt((self.arrays["move"] ** 2).sum(-1, keepdims=True)), 1e-9)
-
-
-class CatchPointVectorEnv(PlaneVectorEnv):
-    """Get near the target and catch it (after Fan et al. 2019's Catching Point).
-
-    k 0 MOVE(p in [-1, 1]): a force of 2 along the angle p pi. k 1 CATCH: no force; a target within 0.2 is caught, which
-    ends the episode with +20; 10 attempts. In steps of 0.1, velocity *= 1 - 0.25, then + force 0.1. Each step costs the
-    squared distance. 30 steps. Observation: x, y, velocity, target x, y, target - position, attempts left / 10, t / 30.
-    """
-
-    STARTS, STEPS, OBS, RADIUS = 4, 30, 10, 0.2
-
-    def make_parameter_mask(self) -> np.ndarray:
-        return np.array([[1], [0]], dtype=bool)
-
-    def start(self, u: np.ndarray) -> dict:
-        zero, attempts = np.zeros((len(u), 2)), np.full(len(u), 10.0)
-        return {"pos": 2 * u[:, :2] - 1, "target": 2 * u[:, 2:] - 1, "velocity": zero, "attempts": attempts}
-
-    def advance(self, k: np.ndarray, x: np.ndarray):
-        s, angle = self.arrays, x[:, 0] * np.pi
-        force = np.where((k == 0)[:, None], 2.0 * np.stack([np.cos(angle), np.sin(angle)], -1), 0.0)
-        success = (k == 1) & (self.distance() < self.RADIUS)
-        s["attempts"] = s["attempts"] - (k == 1)
-        s["velocity"] = s["velocity"] * (1 - 0.25) + force * 0.1
-        s["pos"] = s["pos"] + s["velocity"] * 0.1
-        over = success | (s["attempts"] <= 0) | (s["t"] >= self.STEPS)
-        return 20.0 * success - self.distance() ** 2, over, success
-
-    def observe(self) -> np.ndarray:
-        s = self.arrays
-        columns = [s["pos"], s["velocity"], s["target"], s["target"] - s["pos"]]
-        columns += [s["attempts"][:, None] / 10, s["t"][:, None] / self.STEPS]
-        return np.concatenate(columns, -1, dtype=np.float32, casting="same_kind")
-
-    def heading(self) -> np.ndarray:
-        return self.arrays["velocity"]
-
-
-class PlaneEnv(gym.Env):
-    """One environment of a PlaneVectorEnv class."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
-
-    def __init__(self, world: type, render_mode: str | None = None, **kwargs):
-        self.world = world(1, autoreset_mode=gym.vector.AutoresetMode.DISABLED, **kwargs)
-        self.action_space, self.observation_space = self.world.single_action_space, self.world.single_observation_space
-        self.render_mode, self.parameter_mask = render_mode, self.world.parameter_mask
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        self.world.rngs = [self.np_random]  # seeded as the generators of the many are
-        return self.world.reset()[0][0], {}
+        kwargs = {**json.loads(args.env_kwargs), **({"render_mode": "rgb_array"} if video_dir else {})}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is out of date")  # the v4 ids are chosen on purpose
+            env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+        if isinstance(env.action_space, gym.spaces.Box):
+            env = Hold(env, args.hold, args.gamma)
+        elif args.hold != Args.hold:
+            raise ValueError(f"actions are {env.action_space}; --hold needs a Box")
+        mask = getattr(env.unwrapped, "parameter_mask", None)
+        hybrid = HybridSpace(env.action_space, mask if args.parameter_mask is None else json.loads(args.parameter_mask))
+        env = gym.wrappers.TransformAction(env, hybrid.to_env, hybrid)
+        masked = ActionMask(env)
+        env = masked if masked.mask_source else env
+        space = env.observation_space
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) in (0, 2):
+            env = gym.wrappers.FlattenObservation(env)  # of a Discrete, a Dict or a Tuple too
+    except Exception as error:  # whatever a third party's constructor raises is about this id and these kwargs
+        fail(f"{about}: {type(error).__name__}: {error}")
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+        fail(f"{about}: observations are {space}; images, Boxes of three or more dimensions, are not supported yet")
+    if evaluation:
+        env = gym.wrappers.TimeLimit(env, args.eval_max_steps)
+    if video_dir:
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda k: k < args.eval_episodes, disable_logger=True)
+    return env
+
+
+def to_env(actions: np.ndarray, space: HybridSpace, args: Args) -> np.ndarray:
+    """Actions [N, D + P] as drawn -> as the environment takes them: within their bounds."""
+    return actions.clip(space.low, space.high)
+
+
+def nvec_of(space: gym.Space) -> np.ndarray:
+    """How many choices each sub-action has; no numbers for a Box."""
+    if isinstance(space, HybridSpace):
+        return space.nvec
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return space.nvec.ravel()
+    return np.array([space.n] if isinstance(space, gym.spaces.Discrete) else [], dtype=np.int64)
+
+
+class ActionMask(gym.Wrapper):
+    """Brings an environment's mask of valid choices to info["action_mask"], bool [C], one number for each choice of
+    each sub-action in turn. It is looked for, in this order, in observations {"observation", "action_mask"}, in the
+    info, in a method action_masks() and in an attribute action_mask; mask_source names where it was. It may be a tuple,
+    one mask for each sub-action, or rows padded to the longest."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.mask_source = None
+        space = env.observation_space
+        self.in_obs = isinstance(space, gym.spaces.Dict) and space.keys() == {"observation", "action_mask"}
+        if self.in_obs:
+            self.observation_space = space["observation"]
+        self.reset(seed=0)
+
+    def split_mask(self, obs, info: dict, ended: bool):
+        mask = source = None
+        if self.in_obs:
+            obs, mask, source = obs["observation"], obs["action_mask"], "observations"
+        elif "action_mask" in info:
+            mask, source = info["action_mask"], "info"
+        elif self.env.has_wrapper_attr("action_masks"):
+            mask, source = self.env.get_wrapper_attr("action_masks")(), "action_masks()"
+        elif self.env.has_wrapper_attr("action_mask"):
+            mask, source = self.env.get_wrapper_attr("action_mask"), "action_mask"
+        if mask is None or callable(mask):  # some have a method action_mask with arguments
+            if self.mask_source and not ended:
+                raise ValueError(f"no action mask, which was in {self.mask_source} before")
+            return obs, info
+        self.mask_source = self.mask_source or source
+        nvec = nvec_of(self.env.action_space)
+        parts = [np.ravel(part) for part in mask]
+        if len(parts) == len(nvec) and all(len(part) == nvec.max() for part in parts):
+            parts = [part[:n] for part, n in zip(parts, nvec)]
+        mask = np.concatenate(parts).astype(bool)
+        if len(mask) != nvec.sum():
+            raise ValueError(f"the action mask has {len(mask)} numbers; needed are {nvec.sum()}, one for each choice")
+        return obs, {**info, "action_mask": mask, "mask_source": self.mask_source}
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.split_mask(obs, info, ended=False)
 
     def step(self, action):
-        arrays = np.array([action[0]]), np.asarray(action[1])[None]
-        obs, rewards, terminated, truncated, info = self.world.step(arrays)
-        return obs[0], float(rewards[0]), bool(terminated[0]), False, {"is_success": bool(info["is_success"][0])}
-
-    def render(self) -> np.ndarray:
-        return self.world.render()[0]
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        obs, info = self.split_mask(obs, info, ended=terminated or truncated)
+        return obs, reward, terminated, truncated, info
 
 
-for name, world, options in [
-    ("HybridMoving-v0", MovingVectorEnv, {}),
-    ("HybridSliding-v0", MovingVectorEnv, {"slide": True}),
-    ("HybridCatchPoint-v0", CatchPointVectorEnv, {}),
-    ("HybridHardMove-v0", HardMoveVectorEnv, {}),  # gymnasium.make("HybridHardMove-v0", n=6)
-    *((f"HybridHardMove{n}-v0", HardMoveVectorEnv, {"n": n}) for n in (4, 6, 8, 10)),
-]:
-    if name not in gym.registry:
-        gym.register(name, functools.partial(PlaneEnv, world), vector_entry_point=world, kwargs=options)
+class Loop:
+    """Single environments in the form of gymnasium's vector environments, with autoreset disabled. A plain loop takes
+    less time than its SyncVectorEnv."""
+
+    def __init__(self, envs: list):
+        self.envs = envs
+        self.single_observation_space = envs[0].observation_space
+        self.single_action_space = envs[0].action_space
+        self.shape = envs[0].observation_space.shape
+
+    def checked(self, obs):
+        if np.shape(obs) != self.shape:  # the assignment would broadcast some of these without a word
+            raise ValueError(f"observation of shape {np.shape(obs)}, expected is {self.shape}")
+        return obs
+
+    def reset(self, seed: list, options: dict):
+        obs = np.zeros((len(self.envs), *self.shape), dtype=np.float32)
+        infos = [{} for _ in self.envs]
+        for i in np.flatnonzero(options["reset_mask"]):
+            try:
+                first_obs, infos[i] = self.envs[i].reset(seed=seed[i])
+                obs[i] = self.checked(first_obs)
+            except Exception as error:
+                error.add_note(f"in environment {i}")
+                raise
+        return obs, infos
+
+    def step(self, actions: np.ndarray):
+        N = len(self.envs)
+        obs = np.empty((N, *self.shape), dtype=np.float32)
+        rewards = np.empty(N)
+        terminated, truncated = np.empty((2, N), dtype=bool)
+        infos = [{}] * N
+        try:
+            for i, env in enumerate(self.envs):
+                next_obs, reward, terminated[i], truncated[i], infos[i] = env.step(actions[i, ...])
+                obs[i] = self.checked(next_obs)
+                rewards[i] = np.asarray(reward).item()  # it may be an array of one element
+        except Exception as error:
+            error.add_note(f"in environment {i}")
+            raise
+        return obs, rewards, terminated, truncated, infos
 
 
-# ======================================================================================================
-# Agent
-# ======================================================================================================
+def make_vector_env(args: Args, num_envs: int, **env_options):
+    """The id's own vector environment, where it has one that leaves the resets to us, or a Loop."""
+    env, disabled = make_env(args, **env_options), gym.vector.AutoresetMode.DISABLED
+    if env.spec.vector_entry_point is not None and not env_options:
+        try:
+            vector_env = gym.make_vec(args.env_id, num_envs, autoreset_mode=disabled, **json.loads(args.env_kwargs))
+            same_obs = vector_env.single_observation_space == env.observation_space
+            same_masks = ("action_mask" in vector_env.reset(seed=0)[1]) == ("action_mask" in env.reset(seed=0)[1])
+            same_actions = vector_env.single_action_space == env.action_space.space
+            if same_obs and same_masks and same_actions and vector_env.metadata.get("autoreset_mode") == disabled:
+                hybrid = env.action_space
+                return gym.wrappers.vector.TransformAction(vector_env, hybrid.to_env, single_action_space=hybrid)
+        except TypeError:  # it takes no autoreset_mode
+            pass
+        except Exception as error:
+            fail(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {type(error).__name__}: {error}")
+    return Loop([env, *(make_env(args, **env_options) for _ in range(num_envs - 1))])
+
+
+def info_of(infos, i: int) -> dict:
+    """Environment i's own: of a Loop's list, or of gymnasium's arrays [N], where _name tells who has a value."""
+    if isinstance(infos, list):
+        return infos[i]
+    own = {}
+    for name, values in infos.items():
+        if isinstance(values, np.ndarray) and name[0] != "_" and (f"_{name}" not in infos or infos[f"_{name}"][i]):
+            own[name] = values[i]
+    return own
+
+
+class Envs:
+    """N environments, their running episodes, and those that have ended.
+
+    Since gymnasium 1.0 a vector environment by default answers the step after an episode's end with a reset, so that a
+    stored row joins two episodes. Here exactly the finished environments are reset, at once: every row is a real
+    transition, and next_obs is the true successor also where the episode ends. An episode's seed is a function of the
+    run's seed, the environment's index (-1 for evaluation) and the episode's number; with that and its actions, which
+    are kept, another process can repeat a running episode.
+    """
+
+    def __init__(self, args: Args, indices, **env_options):
+        N = len(indices)
+        self.args = args
+        self.indices = indices
+        self.vector_env = make_vector_env(args, N, **env_options)
+        self.observation_space = self.vector_env.single_observation_space
+        self.action_space = self.vector_env.single_action_space
+        self.global_step = 0
+        self.obs = np.zeros((N, *self.observation_space.shape), dtype=np.float32)  # what to act on
+        self.masks = None  # bool [N, C], the valid choices
+        self.episode = np.zeros(N, dtype=np.int64)  # the running episode's number, sums and length
+        self.returns = np.zeros(N)
+        self.discounted = np.zeros(N)
+        self.lengths = np.zeros(N, dtype=np.int64)
+        self.history = []  # the last actions [N, A], as drawn, as far back as the longest running episode
+        self.finished = []  # (global_step, return, length, last info) of the episodes that have ended
+        self.reset(np.ones(N, dtype=bool))
+
+    def add_note(self, error: Exception):
+        error.add_note(
+            f"{self.args.env_id}, environments {list(self.indices)}, after {self.global_step:,} steps in all"
+        )
+
+    def set_masks(self, infos, acting: np.ndarray):
+        """Take from the infos which choices are valid where acting, bool [N]; all are where nothing is said."""
+        nvec = nvec_of(self.action_space)
+        if self.masks is None:
+            first = info_of(infos, 0)
+            self.mask_source = first.get("mask_source", "info") if "action_mask" in first else None
+            self.masks = np.ones((len(acting), np.size(first.get("action_mask", np.ones(nvec.sum())))), dtype=bool)
+        if isinstance(infos, list) and not self.mask_source and not any("action_mask" in info for info in infos):
+            return
+        self.masks = self.masks.copy()
+        if isinstance(infos, dict) and "action_mask" in infos:
+            self.masks[acting] = infos["action_mask"].reshape(len(acting), -1)[acting]
+        elif isinstance(infos, dict) and self.mask_source and acting.any():
+            raise ValueError("no action mask in info, where it was before")
+        elif isinstance(infos, list):
+            for i in np.flatnonzero(acting):
+                self.masks[i] = np.ravel(infos[i].get("action_mask", True))
+        if not self.masks.all() and self.masks.shape[1] == nvec.sum():  # a mask of another size is left to the agent
+            some = np.logical_or.reduceat(self.masks, nvec.cumsum() - nvec, axis=1)
+            if not some.all():
+                i, part = np.argwhere(~some)[0]
+                raise ValueError(f"environment {i} has a mask without a valid choice of sub-action {part}")
+
+    def reset(self, starting: np.ndarray):
+        """Begin the next episode where starting, bool [N]."""
+        self.episode += starting
+        self.returns[starting] = self.discounted[starting] = self.lengths[starting] = 0
+        seeds = [None] * len(starting)
+        for i in np.flatnonzero(starting):
+            key = [self.args.seed, self.indices[i] + 1, self.episode[i]]
+            seeds[i] = int(np.random.SeedSequence(key).generate_state(1)[0])
+        try:
+            obs, infos = self.vector_env.reset(seed=seeds, options={"reset_mask": starting})
+            self.set_masks(infos, starting)
+        except Exception as error:
+            self.add_note(error)
+            raise
+        self.obs[starting] = obs[starting]
+
+    def step(self, actions: np.ndarray) -> dict:
+        """Actions [N, A] as drawn -> what came of them, arrays [N, ...]; where an episode ends, the next one begins."""
+        env_actions = to_env(actions, self.action_space, self.args)
+        try:
+            next_obs, rewards, terminated, truncated, infos = self.vector_env.step(env_actions)
+            self.set_masks(infos, ~(terminated | truncated))
+        except Exception as error:
+            self.add_note(error)
+            raise
+        next_obs, rewards = np.array(next_obs, dtype=np.float32), np.array(rewards, dtype=np.float64)
+        terminated, done = np.array(terminated), terminated | truncated
+        self.global_step += len(actions)
+        self.obs = next_obs
+        self.returns += rewards
+        gammas = np.full(len(rewards), self.args.gamma)
+        if isinstance(infos, list) and "reward_and_discount" in infos[0]:  # from Hold
+            rewards, gammas = np.array([info["reward_and_discount"] for info in infos]).T
+        self.discounted = discounted = rewards + gammas * self.discounted
+        self.lengths += 1
+        self.history.append(actions)
+        if done.any():
+            for i in np.flatnonzero(done):
+                ended = self.global_step, float(self.returns[i]), int(self.lengths[i]), info_of(infos, i)
+                self.finished.append(ended)
+            self.obs, self.discounted = next_obs.copy(), discounted.copy()
+            self.reset(done)
+            del self.history[: len(self.history) - self.lengths.max()]
+        return dict(
+            next_obs=next_obs, rewards=rewards, discounted=discounted, gammas=gammas, terminated=terminated, done=done
+        )
+
+    def state_dict(self) -> dict:
+        state = {name: torch.tensor(getattr(self, name)) for name in ("obs", "episode", "returns", "lengths")}
+        history = np.array(self.history[len(self.history) - self.lengths.max() :])
+        return {**state, "history": torch.from_numpy(history), "global_step": self.global_step}
+
+    def depends_on_more(self) -> bool:
+        """Whether an episode depends on more than its seed and actions: used environments and new ones differ within
+        200 random steps, or draw from the process's own generators."""
+        N, space = len(self.obs), copy.deepcopy(self.action_space)
+
+        def generators():
+            return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))
+
+        def outcome(vector_env, seeds: list) -> list:
+            space.seed(seeds[0])
+            done, seen = np.ones(N, dtype=bool), []
+            try:
+                for _ in range(200):
+                    if done.any():
+                        obs, _ = vector_env.reset(seed=seeds, options={"reset_mask": done})
+                        seen.append(pickle.dumps(obs[done]))
+                    actions = np.stack([space.sample() for _ in range(N)])
+                    obs, rewards, terminated, truncated, _ = vector_env.step(actions)
+                    seen.append(pickle.dumps((obs, rewards)))
+                    done = terminated | truncated
+            except Exception as error:  # some environments do not take random actions
+                seen.append(str(error))
+            return seen
+
+        before = generators()
+        for first in range(0, max(8, 2 * N), N):  # eight new ones at least; the first time, the old are new too
+            seeds = list(range(first, first + N))
+            if outcome(self.vector_env, seeds) != outcome(make_vector_env(self.args, N), seeds):
+                return True
+        return generators() != before
+
+    def load_state_dict(self, state: dict):
+        """Repeat the running episodes. Where one does not come out as it was, in observation and return, or where the
+        environment depends on more than seed and actions, it starts anew, and a notice says so."""
+        names = ("obs", "episode", "returns", "lengths")
+        obs, episode, returns, lengths = (state[name].numpy() for name in names)
+        history, N, L = state["history"].numpy(), len(self.obs), len(state["history"])
+        if any(state[name].shape != getattr(self, name).shape for name in names) or L != lengths.max():
+            raise ValueError("another number of environments, or another shape of observations")
+        different = np.full(N, self.depends_on_more())
+
+        def start(again: np.ndarray):
+            self.episode[again] = episode[again] - 1
+            if again.any():
+                self.reset(again)
+
+        try:
+            for t in range(L):  # all step together; where an episode is shorter than L, its beginning fills the rest
+                idle = L - lengths
+                phase = (t - np.where(t < idle, 0, idle)) % np.maximum(lengths, 1)
+                start(phase == 0)
+                self.step(history[np.minimum(idle + phase, L - 1), np.arange(N)])
+            start(lengths == 0)
+        except Exception:  # of an episode that went another way
+            different[:] = True
+        different |= (self.obs != obs).reshape(N, -1).any(1) | (self.returns != returns) | (self.episode != episode)
+        self.global_step, self.history = state["global_step"], list(history)
+        self.finished.clear()
+        if different.any():
+            self.episode[different] = episode[different]
+            self.reset(different)
+            which = f"the episodes of environments {np.array(self.indices)[different].tolist()} start again"
+            notice(
+                f"{which}: {self.args.env_id} does not repeat them exactly, so the run differs from one never stopped"
+            )
+
+
+# ===== Agent ==========================================================================================================
 
 
 class RunningMeanStd(nn.Module):
@@ -860,17 +671,75 @@ class RunningMeanStd(nn.Module):
     def update(self, x: torch.Tensor):
         """x [..., *shape]: all leading dimensions are samples."""
         x = x.to(self.mean).reshape(-1, *self.mean.shape)
-        mean, var, count = x.mean(0), x.var(0, correction=0), len(x)
-        total = self.count + count
-        delta = mean - self.mean
-        self.var.copy_((self.var * self.count + var * count + delta**2 * self.count * count / total) / total)
-        self.mean += delta * count / total
+        total = self.count + len(x)
+        delta = x.mean(0) - self.mean
+        squares = self.var * self.count + x.var(0, correction=0) * len(x) + delta**2 * self.count * len(x) / total
+        self.mean += delta * len(x) / total
+        self.var.copy_(squares / total)
         self.count.copy_(total)
         self.shift.copy_(self.mean)
         self.scale.copy_((self.var + 1e-8).rsqrt())
 
 
-def layer_init(layer: nn.Linear, std: float = math.sqrt(2), bias: float = 0.0) -> nn.Linear:
+class Gaussian:
+    """Actions [..., A], each from its N(mean, exp(log_std)^2)."""
+
+    def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
+        self.mean, self.log_std = mean, log_std
+
+    @property
+    def mode(self) -> torch.Tensor:
+        return self.mean
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self.mean, self.log_std.exp(), noise)
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        z = (actions - self.mean) * torch.exp(-self.log_std)
+        return -0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)
+
+    def entropy(self) -> torch.Tensor:
+        return self.log_std + 0.5 * math.log(2 * math.pi * math.e)
+
+
+class Hybrid:
+    """Actions [..., D + P], D choices and all parameters. log_probs has a tensor [..., n] for each choice, uses [C, P]
+    their rows in turn, 1 where a choice uses a parameter. Parameters that are not used do not count."""
+
+    def __init__(self, log_probs: list, parameters: Gaussian, uses: torch.Tensor):
+        self.log_probs, self.parameters, self.uses = log_probs, parameters, uses
+        self.nvec = [log_p.shape[-1] for log_p in log_probs]
+
+    @property
+    def mode(self) -> torch.Tensor:
+        choices = [log_p.argmax(-1, keepdim=True) for log_p in self.log_probs]
+        return torch.cat([*choices, self.parameters.mode], -1)
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        *gumbel, normal = noise.split([*self.nvec, self.uses.shape[1]], -1)
+        choices = [(log_p + g).argmax(-1, keepdim=True) for log_p, g in zip(self.log_probs, gumbel)]
+        return torch.cat([*choices, self.parameters.sample(normal)], -1)
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        """Of the choices, and of the parameters that they use, [..., 2]."""
+        *choices, parameters = actions.split([*[1] * len(self.nvec), self.uses.shape[1]], -1)
+        log_choices, used = 0.0, 1.0
+        for log_p, uses, choice in zip(self.log_probs, self.uses.split(self.nvec), choices):
+            log_choices = log_choices + log_p.gather(-1, choice.long()).squeeze(-1)
+            used = used * uses[choice.long().squeeze(-1)]
+        return torch.stack([log_choices, (self.parameters.log_prob(parameters) * used).sum(-1)], -1)
+
+    def entropy(self) -> torch.Tensor:
+        """That of the choices, and that of each parameter by the probability that it is used."""
+        choices, used = 0.0, 1.0
+        for log_p, uses in zip(self.log_probs, self.uses.split(self.nvec)):
+            choices = choices - (log_p.exp() * log_p).sum(-1)
+            used = used * (log_p.exp() @ uses)
+        return choices + (self.parameters.entropy() * used).sum(-1)
+
+
+def layer_init(inputs: int, outputs: int, std: float = math.sqrt(2), bias: float = 0.0) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias)
     return layer
@@ -878,176 +747,103 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2), bias: float = 0.0) -
 
 def hidden_layers(*sizes: int) -> nn.Sequential:
     """Tanh layers from sizes[0] inputs to sizes[-1] outputs."""
-    layers = [(layer_init(nn.Linear(i, o)), nn.Tanh()) for i, o in zip(sizes, sizes[1:])]
-    return nn.Sequential(*(part for layer in layers for part in layer))
+    layers = []
+    for inputs, outputs in zip(sizes, sizes[1:]):
+        layers += [layer_init(inputs, outputs), nn.Tanh()]
+    return nn.Sequential(*layers)
 
 
 class Agent(nn.Module):
-    """A softmax over K choices, a Gaussian N(mean(s), diag sigma^2) over all P parameters and a value V(s). Parameters
-    are clipped to [-1, 1]; a mean beyond could drift with no effect, so tanh keeps it within."""
+    """Softmaxes over the choices, a Gaussian over all parameters and a value V(s), heads of one encoder or of one each,
+    and the statistics that scale what they see. Parameters are clipped to [-1, 1]; a mean beyond could drift without an
+    effect, so tanh keeps it within."""
 
-    def __init__(self, env: HybridActions, args: Args):
+    def __init__(self, envs: Envs, args: Args):
         super().__init__()
+        obs_dim, space = envs.observation_space.shape[0], envs.action_space
+        self.nvec, action_dim = space.nvec.tolist(), space.parameter_mask.shape[1]
+        uses = torch.from_numpy(space.parameter_mask).float()
+        self.register_buffer("uses", uses if args.parameters == "chosen" else torch.ones_like(uses), persistent=False)
         self.norm_obs = args.norm_obs
-        (K, action_dim), obs_dim = env.hybrid.mask.shape, env.observation_space.shape[0]
-        self.register_buffer("parameter_mask", torch.from_numpy(env.hybrid.mask).float(), persistent=False)
         self.obs_rms = RunningMeanStd(obs_dim)
-        self.masked = K if env.masks_choices else 0  # so many last numbers of an observation tell the valid choices
-        self.obs_dim = obs_dim - self.masked
-        sizes = (self.obs_dim, *args.encoder_sizes)
+        self.return_rms = RunningMeanStd()
+        sizes = (obs_dim, *args.encoder_sizes)
         self.encoders = nn.ModuleList(hidden_layers(*sizes) for _ in range(1 if args.shared_encoder else 3))
-        self.critic = layer_init(nn.Linear(sizes[-1], 1), std=1.0)
-        self.actor_logits = layer_init(nn.Linear(sizes[-1], K), std=0.01)
-        self.actor_mean = layer_init(nn.Linear(sizes[-1], action_dim), std=0.01)
+        self.critic = layer_init(sizes[-1], 1, std=1.0)
+        self.actor_logits = layer_init(sizes[-1], sum(self.nvec), std=0.01)
+        self.actor_mean = layer_init(sizes[-1], action_dim, std=0.01)
         if args.std_type == "state":
-            self.actor_logstd = layer_init(nn.Linear(sizes[-1], action_dim), std=0.01, bias=args.log_std_init)
+            self.actor_logstd = layer_init(sizes[-1], action_dim, std=0.01, bias=args.log_std_init)
         else:
             log_std = torch.full((action_dim,), args.log_std_init)
             self.actor_logstd = nn.Parameter(log_std, requires_grad=args.std_type == "independent")
 
     def normalize(self, obs: torch.Tensor) -> torch.Tensor:
-        """Raw observations to network inputs. The statistics move between iterations only (and after the first
-        rollout), so that acting, evaluation and every epoch of an iteration see the same inputs."""
+        """Raw observations to network inputs. The statistics move between iterations only (and once before the
+        first update), so that acting, evaluation and every epoch of an iteration see the same inputs."""
         if not self.norm_obs:
             return obs
-        scaled = ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10)
-        return torch.cat([scaled[..., : self.obs_dim], obs[..., self.obs_dim :]], -1)
+        return ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10)
 
     def value(self, obs: torch.Tensor) -> torch.Tensor:
-        """Normalised obs [B, O] -> V [B]."""
-        return self(obs)[-1]
+        """V [...] for raw obs [..., O]."""
+        return self.critic(self.encoders[-1](self.normalize(obs))).squeeze(-1)
 
-    def forward(self, obs: torch.Tensor):
-        """Normalised obs [B, O] -> logits [B, K], mean [B, P], log_std [B, P], V [B]."""
-        inputs, valid = obs.split([self.obs_dim, self.masked], -1)
-        hidden = [encoder(inputs) for encoder in self.encoders] * (3 // len(self.encoders))
-        logits, mean = self.actor_logits(hidden[0]), self.actor_mean(hidden[1]).tanh()
-        if self.masked:
-            logits = logits.masked_fill(valid == 0, -1e8)  # probability 0, and no gradient
-        log_std = self.actor_logstd(hidden[1]) if isinstance(self.actor_logstd, nn.Linear) else self.actor_logstd
-        return logits, mean, log_std.expand_as(mean), self.critic(hidden[2]).squeeze(-1)
+    def forward(self, function, *args):
+        """function(agent, *args): so torch.func.functional_call can evaluate it at other parameters."""
+        return function(self, *args)
+
+    def policy_and_value(self, obs: torch.Tensor, masks: torch.Tensor) -> tuple[Hybrid, torch.Tensor]:
+        """Both of the following, with one pass through a shared encoder."""
+        inputs = self.normalize(obs)
+        hidden = [encoder(inputs) for encoder in self.encoders]
+        for_choices, for_parameters, for_value = hidden if len(hidden) == 3 else hidden * 3
+        logits = self.actor_logits(for_choices).masked_fill(~masks, -1e8)  # probability 0, and no gradient
+        log_probs = [part.log_softmax(-1) for part in logits.split(self.nvec, -1)]
+        mean, log_std = self.actor_mean(for_parameters).tanh(), self.actor_logstd
+        log_std = log_std(for_parameters) if isinstance(log_std, nn.Linear) else log_std.expand_as(mean)
+        return Hybrid(log_probs, Gaussian(mean, log_std), self.uses), self.critic(for_value).squeeze(-1)
+
+    def policy(self, obs: torch.Tensor, masks: torch.Tensor) -> Hybrid:
+        """The distribution of actions [..., D + P] for raw obs [..., O] and masks of valid choices [..., C]."""
+        return self.policy_and_value(obs, masks)[0]
+
+    def noise(self, *shape: int) -> torch.Tensor:
+        """What the policy's sample() takes, [*shape, C + P]: Gumbel noise, whose argmax draws from a softmax, then
+        standard normal."""
+        C, P = self.uses.shape
+        return torch.cat([-torch.empty(*shape, C).exponential_().log(), torch.randn(*shape, P)], -1)
 
 
-# ======================================================================================================
-# Rollout
-# ======================================================================================================
-
-
-def check_finite(values: dict, global_step: int):
-    """Raise FloatingPointError for the first of these numbers or arrays that has a nan or an inf."""
-    for name, value in values.items():
-        if not np.isfinite(value).all():
-            raise FloatingPointError(f"{name} is nan or inf at step {global_step:,}")
+# ===== Rollout ========================================================================================================
 
 
 @torch.inference_mode()
-def act(agent: Agent, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """k, which is the argmax of logits + noise, and mean + sigma * noise for raw obs [N, O] and draw_noise [N, K + P]:
-    at noise 0 the likeliest choice and the mean. Left uncompiled: at this size a compiled call saves nothing."""
-    logits, mean, log_std, _ = agent(agent.normalize(obs))
-    gumbel, normal = noise.split([logits.shape[-1], mean.shape[-1]], -1)
-    return torch.cat([(logits + gumbel).argmax(-1, keepdim=True), torch.addcmul(mean, log_std.exp(), normal)], -1)
+def rollout(envs: Envs, agent: Agent, args: Args) -> dict:
+    """T steps of N environments, acting on the CPU: rows [T, N, ...], each one real transition. Actions are stored as
+    drawn; only the environment sees them clipped. FloatingPointError names the earliest nan or inf."""
+    first_step = envs.global_step + args.num_envs
+    steps, rows = [], {}
+    try:
+        for noise in agent.noise(args.num_steps, args.num_envs):  # drawn for all steps at once
+            obs, masks = torch.from_numpy(envs.obs), torch.from_numpy(envs.masks)
+            actions = agent.policy(obs, masks).sample(noise).numpy()
+            steps.append({"obs": envs.obs, "masks": envs.masks, "actions": actions})
+            steps[-1] |= envs.step(actions)
+        rows = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
+    finally:  # also where the environment raises, which it may do for a nan that it gave before
+        if not rows or not all(np.isfinite(array).all() for array in rows.values()):
+            for t, step in enumerate(steps):
+                for name in step:
+                    if not np.isfinite(step[name]).all():
+                        raise FloatingPointError(f"{name} is nan or inf at step {first_step + t * args.num_envs:,}")
+    return {name: torch.from_numpy(array) for name, array in rows.items()}
 
 
-def draw_noise(agent: Agent, *shape: int) -> torch.Tensor:
-    """What act turns into actions, [*shape, K + P]: Gumbel noise, whose argmax draws from a softmax, and normal."""
-    K, P = agent.parameter_mask.shape
-    return torch.cat([-torch.empty(*shape, K).exponential_().log(), torch.randn(*shape, P)], -1)
+# ===== Advantages =====================================================================================================
 
 
-@functools.lru_cache(maxsize=1)  # all rollouts share one
-def capture_act(agent: Agent, obs_shape: tuple, obs_dtype: torch.dtype):
-    """act; on a GPU as a CUDA graph: its kernels, launched one by one, take longer than an environment's step. The
-    graph reads the agent's tensors where they lie at the capture, and each call overwrites what the last returned."""
-    device = agent.obs_rms.shift.device
-    if device.type == "cpu":
-        return act
-    obs = torch.zeros(obs_shape, dtype=obs_dtype, device=device)
-    with torch.random.fork_rng(devices=[]):  # a run draws the same noise on a GPU and without
-        noise = draw_noise(agent, obs_shape[0]).to(device)
-    act(agent, obs, noise)  # what libraries set up in their first call cannot be captured
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        actions = act(agent, obs, noise)
-
-    def replay(agent, new_obs, new_noise):
-        obs.copy_(new_obs)
-        noise.copy_(new_noise)
-        graph.replay()
-        return actions
-
-    return replay
-
-
-def start_episodes(envs, num_envs: int, seed: int) -> dict:
-    """What a rollout carries on from: the current observations, and each running episode's sums."""
-    obs = envs.reset(np.arange(num_envs), seed)
-    zeros = np.zeros(num_envs)
-    return {"obs": obs, "episode_return": zeros, "episode_length": zeros.copy(), "discounted_return": zeros.copy()}
-
-
-def rollout(envs, agent: Agent, running: dict, action_space: gym.Space, args: Args, global_step: int):
-    """T steps of N environments; `running` is carried forward in place.
-
-    Returns rows, CPU tensors [T, N, ...], each row one real transition, and the episodes that finished as
-    tuples (global_step, return, length). Raises FloatingPointError on a nan or inf from an environment.
-    """
-    T, N, O, A = args.num_steps, args.num_envs, running["obs"].shape[1], math.prod(action_space.shape)
-    device = agent.obs_rms.shift.device
-    rows = {
-        "obs": torch.empty(T, N, O),
-        "actions": torch.empty(T, N, A),  # as drawn; only the environment sees them clipped
-        "rewards": torch.empty(T, N, dtype=torch.float64),
-        "durations": torch.empty(T, N),
-        "next_obs": torch.empty(T, N, O),
-        "terminated": torch.empty(T, N, dtype=torch.bool),
-        "done": torch.empty(T, N, dtype=torch.bool),
-    }
-    views = {name: tensor.numpy() for name, tensor in rows.items()}
-    noise = draw_noise(agent, T, N).to(device)
-    episodes = []
-    policy = capture_act(agent, (N, O), rows["obs"].dtype) if args.compile else act
-    check_finite({"first observation": running["obs"]}, global_step)
-    for t, obs in enumerate(rows["obs"]):
-        views["obs"][t] = running["obs"]
-        actions = policy(agent, obs.to(device), noise[t]).cpu().numpy()
-        next_obs, rewards, terminated, truncated = envs.step(to_env(actions, action_space))
-        global_step += N
-        check_finite({"observation": next_obs, "reward": rewards}, global_step)
-        done = terminated | truncated
-        views["actions"][t], views["rewards"][t], views["next_obs"][t] = actions, rewards, next_obs
-        views["terminated"][t], views["done"][t], views["durations"][t] = terminated, done, envs.durations
-        running["obs"] = next_obs
-        running["episode_return"] += rewards
-        running["episode_length"] += 1
-        if done.any():
-            for i in np.flatnonzero(done):
-                episodes.append((global_step, float(running["episode_return"][i]), int(running["episode_length"][i])))
-            running["obs"][done] = envs.reset(np.flatnonzero(done))
-            check_finite({"first observation": running["obs"]}, global_step)
-            running["episode_return"][done] = running["episode_length"][done] = 0
-    return rows, episodes
-
-
-# ======================================================================================================
-# Advantages
-# ======================================================================================================
-
-
-def scale_rewards(rewards, done, running: dict, rms: RunningMeanStd, gamma) -> np.ndarray:
-    """Rewards [T, N] over the standard deviation of the discounted return, which starts again at `done`; one
-    scale for the whole rollout."""
-    discounted = np.empty_like(rewards)
-    carry = running["discounted_return"]
-    for t in range(len(rewards)):
-        discounted[t] = carry + rewards[t]
-        carry = gamma[t] * discounted[t] * ~done[t]
-    running["discounted_return"] = carry
-    rms.update(torch.from_numpy(discounted))
-    return np.clip(rewards * rms.scale.item(), -10, 10)
-
-
-def gae(rewards, values, next_values, terminated, done, gamma, gae_lambda: float) -> np.ndarray:
+def gae(rewards, values, next_values, terminated, done, gamma: float, gae_lambda: float) -> np.ndarray:
     """Generalised advantage estimates, arrays [T, N] throughout (Schulman et al. 2016, arXiv:1506.02438).
 
     delta_t = r_t + gamma (1 - terminated_t) V(next_obs_t) - V(obs_t)
@@ -1065,572 +861,468 @@ def gae(rewards, values, next_values, terminated, done, gamma, gae_lambda: float
 
 
 @torch.no_grad()
-def make_batch(rows: dict, agent: Agent, running: dict, reward_rms: RunningMeanStd, args: Args):
-    """Rows [T, N, ...] to the batch that the update reads, tensors [T * N, ...] on the agent's device. The old
-    policy and the values are computed here, once. Also returns the value's explained variance."""
-    device = agent.obs_rms.shift.device
-    obs = agent.normalize(rows["obs"].to(device))
-    actions = rows["actions"].to(device)
-    logits, mean, log_std, values = agent(obs)
-    next_values = agent.value(agent.normalize(rows["next_obs"].to(device)))
-    rewards, done, terminated = rows["rewards"].numpy(), rows["done"].numpy(), rows["terminated"].numpy()
-    gamma = args.gamma ** rows["durations"].numpy()
-    if args.norm_reward:
-        rewards = scale_rewards(rewards, done, running, reward_rms, gamma)
+def make_batch(rows: dict, agent: Agent, device: torch.device, args: Args) -> dict:
+    """Rows [T, N, ...] -> what the update reads, tensors [T * N, ...] on the device. The values and the old policy's
+    log-probabilities are computed here, once."""
+    obs, masks, actions, next_obs = (rows[name].to(device) for name in ("obs", "masks", "actions", "next_obs"))
+    rewards, terminated, done = (rows[name].numpy() for name in ("rewards", "terminated", "done"))
+    if args.norm_reward:  # one scale for the whole rollout
+        agent.return_rms.update(rows["discounted"])
+        rewards = np.clip(rewards * agent.return_rms.scale.item(), -10, 10)
+    pi_old, values = agent.policy_and_value(obs, masks)
+    next_values = agent.value(next_obs)
     V, next_V = values.cpu().numpy(), next_values.cpu().numpy()
-    advantages = gae(rewards.astype(np.float32), V, next_V, terminated, done, gamma, args.gae_lambda)
-    returns = advantages + V
-    explained_variance = 1 - np.var(returns - V) / max(np.var(returns), 1e-12)
+    gammas = rows["gammas"].numpy().astype(np.float32)  # gamma^tau
+    advantages = gae(rewards.astype(np.float32), V, next_V, terminated, done, gammas, args.gae_lambda)
+    advantages = torch.from_numpy(advantages).to(device)
     batch = {
         "obs": obs,
+        "masks": masks,
         "actions": actions,
-        "logprobs": hybrid_logprobs(agent, actions, logits, mean, log_std, args),
-        "advantages": torch.from_numpy(advantages).to(device),
-        "returns": torch.from_numpy(returns).to(device),
+        "logprobs": pi_old.log_prob(actions),
+        "advantages": advantages,
+        "returns": advantages + values,
         "values": values,
     }
-    return {name: tensor.flatten(0, 1) for name, tensor in batch.items()}, float(explained_variance)
+    return {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
 
 
-# ======================================================================================================
-# Loss
-# ======================================================================================================
-
-METRICS = """policy_loss value_loss entropy approx_kl kl_choice kl_parameters
-    clipfrac clipfrac_choice clipfrac_parameters""".split()
+# ===== Loss ===========================================================================================================
 
 
-def gaussian_logprob(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """log N(x; mean, diag exp(log_std)^2), summed over the last dimension."""
-    return (-0.5 * ((x - mean) * torch.exp(-log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+def loss(agent: Agent, batch: dict, args: Args):
+    """The file's objective, negated, over a minibatch [M, ...]: a scalar, and {metric: scalar} for the log."""
+    pi, values = agent.policy_and_value(batch["obs"], batch["masks"])
+    logratio = pi.log_prob(batch["actions"]) - batch["logprobs"]
+    logratio = torch.cat([logratio.sum(-1, keepdim=True), logratio], -1)  # [M, 3]: of r_d r_c, r_d and r_c
+    eps = args.clip_coef
+    advantages = batch["advantages"]
+    if args.norm_adv and len(advantages) > 1:  # a single one, less its mean, would be 0
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
+    # Eq. 7; with clip_space "log" (Section 6.1) log r stands for r and 0 for 1, with eps = 0 nothing is clipped (Eq. 6)
+    ratio, center = (logratio.exp(), 1.0) if args.clip_space == "ratio" else (logratio, 0.0)
+    objective = ratio * advantages[:, None]
+    if eps > 0:
+        objective = torch.minimum(objective, ratio.clamp(center - eps, center + eps) * advantages[:, None])
+    objective = objective[:, 0] if args.loss == "joint" else objective[:, 1:].sum(-1)
+    pg_loss = -objective.mean()
 
-def gaussian_entropy(log_std: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats, summed over the last dimension."""
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+    v_error = (values - batch["returns"]) ** 2
+    if eps > 0 and args.clip_vloss:
+        clipped = batch["values"] + (values - batch["values"]).clamp(-eps, eps)
+        v_error = torch.maximum(v_error, (clipped - batch["returns"]) ** 2)
+    v_loss = 0.5 * v_error.mean()
 
-
-def hybrid_logprobs(agent: Agent, actions, logits, mean, log_std, args: Args) -> torch.Tensor:
-    """log pi(k|s) and log pi(x|s) of actions [..., 1 + P], as [..., 2]; of x what k uses, or all."""
-    k, x = actions[..., :1].long(), actions[..., 1:]
-    each = gaussian_logprob(x.unsqueeze(-1), mean.unsqueeze(-1), log_std.unsqueeze(-1))
-    used = agent.parameter_mask[k.squeeze(-1)] if args.parameters == "chosen" else torch.ones_like(x)
-    return torch.cat([logits.log_softmax(-1).gather(-1, k), (each * used).sum(-1, keepdim=True)], -1)
-
-
-def hybrid_entropy(agent: Agent, logits, log_std, args: Args) -> torch.Tensor:
-    """Entropy of the choice plus that of the parameters, weighted by the probability of the choices that use them."""
-    probabilities = logits.softmax(-1)
-    used = probabilities @ agent.parameter_mask if args.parameters == "chosen" else torch.ones_like(log_std)
-    choice = -(probabilities * logits.log_softmax(-1)).sum(-1)
-    return choice + (used * gaussian_entropy(log_std.unsqueeze(-1))).sum(-1)
-
-
-def policy_loss(logratio: torch.Tensor, advantages: torch.Tensor, clip_coef: float, clip_space: str) -> torch.Tensor:
-    """-E[min(r A, clip(r, 1 - eps, 1 + eps) A)] for logratio = log r and A [B] (Schulman et al. 2017, Eq. 7). With
-    clip_space "log" log r stands for r and 0 for 1, the variant that their Section 6.1 mentions; with clip_coef 0
-    nothing is clipped (Eq. 6)."""
-    ratio, center = (logratio.exp(), 1.0) if clip_space == "ratio" else (logratio, 0.0)
-    if clip_coef == 0:
-        return -(ratio * advantages).mean()
-    clipped = ratio.clamp(center - clip_coef, center + clip_coef)
-    return -torch.minimum(ratio * advantages, clipped * advantages).mean()
-
-
-def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_coef: float) -> torch.Tensor:
-    """1/2 E[(V - R)^2], or with clip_coef > 0 the larger of that and the error of V clipped to V_old +- clip_coef."""
-    error = (values - returns) ** 2
-    if clip_coef > 0:
-        clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-        error = torch.maximum(error, (clipped - returns) ** 2)
-    return 0.5 * error.mean()
-
-
-def normalize_advantages(advantages: torch.Tensor) -> torch.Tensor:
-    """Mean 0, standard deviation 1; a single advantage stays as it is, since less its mean it would be 0."""
-    if advantages.numel() == 1:
-        return advantages
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-
-
-def loss(params: dict, agent: Agent, batch: dict, coefs: dict, args: Args):
-    """The objective above, negated, over a minibatch [M, ...]: a scalar, and METRICS as a vector without gradient."""
-    logits, mean, log_std, values = torch.func.functional_call(agent, params, (batch["obs"],))
-    logratios = hybrid_logprobs(agent, batch["actions"], logits, mean, log_std, args) - batch["logprobs"]  # [M, 2]
-    advantages = normalize_advantages(batch["advantages"]) if args.norm_adv else batch["advantages"]
-    clipped = [logratios.sum(-1)] if args.loss == "joint" else logratios.unbind(-1)
-    pg_loss = sum(policy_loss(logratio, advantages, args.clip_coef, args.clip_space) for logratio in clipped)
-    v_loss = value_loss(values, batch["values"], batch["returns"], args.clip_coef if args.clip_vloss else 0)
-    entropy = hybrid_entropy(agent, logits, log_std, args).mean()
+    entropy = pi.entropy().mean()
     # KL[pi_old || pi] by the estimator with low variance, http://joschu.net/blog/kl-approx.html
-    logratio = torch.cat([logratios.sum(-1, keepdim=True), logratios], -1)  # of both heads together, and of each
-    approx_kl = (logratio.exp() - 1 - logratio).mean(0)
-    distance = (logratio.exp() - 1 if args.clip_space == "ratio" else logratio).abs()
-    clipfrac = (distance > args.clip_coef).float().mean(0) * (args.clip_coef > 0)
-    total = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-    return total, torch.cat([torch.stack([pg_loss, v_loss, entropy]), approx_kl, clipfrac]).detach()
+    kl = (logratio.exp() - 1 - logratio).mean(0)
+    clipfrac = ((ratio - center).abs() > eps).float().mean(0) * (eps > 0)
+    metrics = {
+        "policy_loss": pg_loss,
+        "value_loss": v_loss,
+        "entropy": entropy,
+        "approx_kl": kl[0],
+        "kl_choice": kl[1],
+        "kl_parameters": kl[2],
+        "clipfrac": clipfrac[0],
+        "clipfrac_choice": clipfrac[1],
+        "clipfrac_parameters": clipfrac[2],
+    }
+    return pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss, metrics
 
 
-# ======================================================================================================
-# Update
+# ===== Update =========================================================================================================
 #
-# The networks are so small that PyTorch's dispatch, not arithmetic, takes the time. So gradient, clipping
-# and Adam are one function of plain tensors that torch.compile turns into one graph; the parameters are a
-# single vector, theta, so that clipping and Adam are a few operations. --no-compile runs the same code.
-# ======================================================================================================
-
-
-def flatten(tensors: dict) -> torch.Tensor:
-    """{name: tensor} -> one vector, in the dict's order."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+# Dispatch, not arithmetic, takes the time of networks this small. So gradient, clipping and Adam are one function that
+# torch.compile turns into one graph; theta is the vector of all trainable parameters. --no-compile runs the same code.
 
 
 def unflatten(theta: torch.Tensor, agent: Agent) -> dict:
-    """The inverse of flatten, for the agent's trainable parameters."""
+    """{name: trainable parameter}, views of theta."""
     params = {name: p for name, p in agent.named_parameters() if p.requires_grad}
     parts = theta.split([p.numel() for p in params.values()])
     return {name: part.view(p.shape) for (name, p), part in zip(params.items(), parts)}
 
 
 def init_optimizer(agent: Agent) -> dict:
-    """theta, and Adam's moments and step count (float64: 1 - 0.999^t is small at first)."""
-    theta = flatten({name: p.detach() for name, p in agent.named_parameters() if p.requires_grad})
+    """theta, Adam's moments, and its step count (float64: 1 - 0.999^t is small at first)."""
+    theta = torch.cat([p.detach().flatten() for p in agent.parameters() if p.requires_grad])
     step = torch.zeros((), dtype=torch.float64, device=theta.device)
     return {"theta": theta, "exp_avg": torch.zeros_like(theta), "exp_avg_sq": torch.zeros_like(theta), "step": step}
 
 
-def clip_grad_norm(grad: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """As torch.nn.utils.clip_grad_norm_."""
-    return grad * (max_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
+def update_step(optimizer: dict, learning_rate, batch: dict, indices: torch.Tensor, agent: Agent, args: Args):
+    """A gradient step for each row of indices [K, M] into the batch: the new optimizer, metrics' names, their means."""
 
+    def loss_at(theta, minibatch):
+        return torch.func.functional_call(agent, unflatten(theta, agent), (loss, minibatch, args))
 
-def adam(optimizer: dict, grad: torch.Tensor, learning_rate, beta1=0.9, beta2=0.999, eps=1e-5) -> dict:
-    """One step of torch.optim.Adam (Kingma and Ba 2015); eps as in the 37 details."""
-    step = optimizer["step"] + 1
-    exp_avg = beta1 * optimizer["exp_avg"] + (1 - beta1) * grad
-    exp_avg_sq = beta2 * optimizer["exp_avg_sq"] + (1 - beta2) * grad**2
-    step_size = (learning_rate / (1 - beta1**step)).float()
-    denominator = exp_avg_sq.sqrt() / (1 - beta2**step).sqrt().float() + eps
-    theta = optimizer["theta"] - step_size * exp_avg / denominator
-    return {"theta": theta, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
-
-
-def update_step(optimizer: dict, batch: dict, indices: torch.Tensor, coefs: dict, agent: Agent, args: Args):
-    """One gradient step for each row of indices [K, M] into the batch. Returns the new optimizer and mean METRICS."""
-    metrics = []
+    beta1, beta2, adam_eps = 0.9, 0.999, 1e-5  # as in the 37 details
+    all_metrics = []
     for rows in indices.unbind(0):
         minibatch = {name: tensor.index_select(0, rows) for name, tensor in batch.items()}
-        gradient = torch.func.grad_and_value(loss, has_aux=True)
-        grads, (_, values) = gradient(unflatten(optimizer["theta"], agent), agent, minibatch, coefs, args)
-        optimizer = adam(optimizer, clip_grad_norm(flatten(grads), args.max_grad_norm), coefs["learning_rate"])
-        metrics.append(values)
-    return optimizer, torch.stack(metrics).mean(0)
+        grad, metrics = torch.func.grad(loss_at, has_aux=True)(optimizer["theta"], minibatch)
+        all_metrics.append(torch.stack(list(metrics.values())))
+        grad = grad * (args.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        step = optimizer["step"] + 1  # Adam (Kingma and Ba 2015)
+        exp_avg = beta1 * optimizer["exp_avg"] + (1 - beta1) * grad
+        exp_avg_sq = beta2 * optimizer["exp_avg_sq"] + (1 - beta2) * grad**2
+        step_size = (learning_rate / (1 - beta1**step)).float()
+        denominator = exp_avg_sq.sqrt() / (1 - beta2**step).sqrt().float() + adam_eps
+        theta = optimizer["theta"] - step_size * exp_avg / denominator
+        optimizer = {"theta": theta, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
+    return optimizer, list(metrics), torch.stack(all_metrics).mean(0)
 
 
-def minibatches_per_call(args: Args) -> int:
-    """Two steps a call halve what entering the graph costs; more would take longer to compile than they save."""
+def steps_per_call(args: Args) -> int:
+    """Two gradient steps a call halve what entering the graph costs; more take longer to compile than they save."""
     return 2 if args.num_minibatches % 2 == 0 else 1
 
 
-def compile_update(agent: Agent, optimizer: dict, coefs: dict, batch: dict, args: Args):
-    """update_step bound to agent and args, and compiled, by running it once on `batch`. Where that fails, for want of a
-    C++ compiler say, or gives another gradient, one line tells why and the plain function is returned."""
-    step = functools.partial(update_step, agent=agent, args=args)
+def compile_update(agent: Agent, optimizer: dict, learning_rate, batch: dict, args: Args):
+    """update_step for this agent and these args, compiled by a first call. Where that fails, for want of a C++ compiler
+    say, or gives another gradient, a notice says why, and it stays uncompiled."""
+    plain = functools.partial(update_step, agent=agent, args=args)
     if not args.compile:
-        return step
-    cuda = optimizer["theta"].is_cuda
-    if cuda:
+        return plain
+    if learning_rate.is_cuda:
         options = {"triton.cudagraphs": True}
-    else:  # a C++ wrapper has the least overhead; without the header (4 s) and the probes (6 s) a cold start takes half
+    else:  # the least overhead a call; no precompiled header (4 s), no probes of the CPU (6 s): half the cold start
         options = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True}
-    options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # the agent does not change shape
-    graph = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+    options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe  # agent and args stay as they are
+    torch.compiler.reset()  # the graphs of earlier runs in this process would count against a limit
+    graph = torch.compile(plain, fullgraph=True, dynamic=False, options=options)
 
-    def compiled(optimizer, batch, indices, coefs):
-        if not cuda:
-            return graph(optimizer, batch, indices, coefs)
+    def cuda_graph(*inputs):
         torch.compiler.cudagraph_mark_step_begin()
-        optimizer, metrics = graph(optimizer, batch, indices, coefs)
-        optimizer = {name: tensor.clone() for name, tensor in optimizer.items()}  # the next replay overwrites it
-        return optimizer, metrics.clone()
+        new, names, values = graph(*inputs)
+        return {name: t.clone() for name, t in new.items()}, names, values.clone()  # the next call overwrites them
 
+    compiled = cuda_graph if learning_rate.is_cuda else graph
     logging.getLogger("torch._inductor.scheduler").disabled = True  # of a failure it logs pages; a line will do
     gc.disable()  # the compiler's many small objects cost the collector 2 s
     try:
-        indices = torch.arange(len(batch["obs"])).view(args.num_minibatches, -1)[: minibatches_per_call(args)]
-        indices = indices.to(optimizer["theta"].device)
-        (new, _), (plain, _) = (run(optimizer, batch, indices, coefs) for run in (compiled, step))
-        change = (plain["exp_avg"] - optimizer["exp_avg"]).norm()
-        error = ((new["exp_avg"] - plain["exp_avg"]).norm() / change.clamp(min=1e-6)).item()
-        if not error < 0.01:  # compilers have lost gradients without a word (github.com/pytorch/pytorch/issues/189895)
-            raise ArithmeticError(f"the compiled gradient is {error:.0%} off")
+        indices = torch.arange(len(batch["obs"]), device=learning_rate.device).view(args.num_minibatches, -1)
+        inputs = optimizer, learning_rate, batch, indices[: steps_per_call(args)]
+        theta, found, expected = optimizer["theta"], compiled(*inputs)[0]["theta"], plain(*inputs)[0]["theta"]
+        typical = (expected - theta).square().mean().sqrt()
+        moved = unflatten(found - theta, agent)
+        for name, move in unflatten(expected - theta, agent).items():
+            size = move.norm() + 0.1 * typical * math.sqrt(move.numel()) + 1e-12
+            error = (moved[name] - move).norm() / size
+            if not error < 0.01:  # compilers have lost gradients silently (github.com/pytorch/pytorch/issues/189895)
+                raise ArithmeticError(f"the compiled step of {name} is {error:.0%} off")
+        return compiled
     except Exception as error:  # a mistake in the loss will show again, with its traceback, in the plain function
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
-        tqdm.write(f"notice: the update runs uncompiled, several times slower ({reason})", file=sys.stderr)
-        return step
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        notice(f"the update runs uncompiled, several times slower ({reason})")
+        return plain
     finally:
-        gc.freeze()  # half a million objects stay; no later collection need look at them, 0.2 s each
+        gc.freeze()  # half a million objects that no later collection need look at
         gc.enable()
-    return compiled
 
 
-def update(step, optimizer: dict, batch: dict, coefs: dict, args: Args):
-    """The epochs of one iteration, each a new random cut of the batch into minibatches. Returns the new optimizer and
-    {metric: mean over all minibatches}."""
-    metrics = []
+def update(run_steps, agent: Agent, optimizer: dict, learning_rate, batch: dict, args: Args) -> dict:
+    """The epochs of an iteration, each a new random cut of the batch into minibatches. Moves agent and optimizer;
+    returns {metric: mean over all minibatches}."""
+    optimizer["theta"] = init_optimizer(agent)["theta"]  # whatever has changed the agent since the last update
+    means = []
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(batch["obs"])).view(args.num_minibatches, -1).to(optimizer["theta"].device)
-        for indices in order.split(minibatches_per_call(args)):
-            optimizer, values = step(optimizer, batch, indices, coefs)
-            metrics.append(values)
+        order = torch.randperm(len(batch["obs"])).view(args.num_minibatches, -1).to(learning_rate.device)
+        calls = order.split(steps_per_call(args))
+        for indices in calls:
+            new, names, values = run_steps(optimizer, learning_rate, batch, indices)
+            optimizer.update(new)
+            means.append(values)
         if args.target_kl is not None:
-            epoch = torch.stack(metrics[-args.num_minibatches // minibatches_per_call(args) :]).mean(0)
-            if epoch[METRICS.index("approx_kl")] > args.target_kl:
+            epoch = dict(zip(names, torch.stack(means[-len(calls) :]).mean(0)))
+            if epoch["approx_kl"] > args.target_kl:
                 break
-    return optimizer, dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
+    with torch.no_grad():
+        for name, value in unflatten(optimizer["theta"], agent).items():
+            agent.get_parameter(name).copy_(value)
+    return dict(zip(names, torch.stack(means).mean(0).tolist()))
 
 
-@torch.no_grad()
-def write_parameters(theta: torch.Tensor, agent: Agent):
-    for name, value in unflatten(theta, agent).items():
-        agent.get_parameter(name).copy_(value)
-
-
-# ======================================================================================================
-# Checkpoint
+# ===== main ===========================================================================================================
 #
-# checkpoint.pt holds all that the rest of the run depends on, and how long each log was when it was
-# written. To resume is to load it and to cut the logs to those lengths, so that the run continues as if it
-# had not stopped: to the bit on the CPU, for environments whose state can be captured.
-# ======================================================================================================
+# checkpoint.pt holds all that the rest of a run depends on. To resume is to load it and to repeat the running episodes;
+# on the CPU the run then ends, to the bit, as if it had not stopped.
 
 
-def replace_file(path: Path, content: bytes):
-    """Write a file so that at any moment either the old or the new one is there, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def torch_bytes(value) -> bytes:
+def replace_file(path: Path, content):
+    """Save an object in a .pt file, or a text in another: at any moment the old or the new file is there, whole."""
     buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def torch_load(path: Path, flag: str, key: str) -> dict:
-    """A dict that torch.save wrote, on the CPU; no code in it is run. Exits with 2 if it is damaged or has no `key`."""
+    if path.suffix == ".pt":
+        torch.save(content, buffer)  # to the file itself, it would make a RuntimeError of a full disk
+    else:
+        buffer.write(content.encode())
+    temporary = path.with_name(path.name + ".tmp")
     try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(run_dir: Path, agent: Agent, optimizer: dict, envs: Envs, progress: dict):
+    """Write episodes.csv, checkpoint.pt, what --resume needs, and model.pt, what --eval needs."""
+    model, rng = agent.state_dict(), torch.get_rng_state()
+    checkpoint = {"agent": model, "optimizer": optimizer, "envs": envs.state_dict(), "rng": rng, "progress": progress}
+    replace_file(run_dir / "episodes.csv", progress["episodes"])
+    replace_file(run_dir / "checkpoint.pt", checkpoint)
+    replace_file(run_dir / "model.pt", model)
+
+
+def load(path: Path, agent: Agent, optimizer=None, envs=None, progress=None):
+    """Set the agent from a model.pt, or all of these from a checkpoint.pt. No code in the file is run; exits with 2
+    where it is damaged or does not fit."""
+    try:
+        if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not look at the checksums
+            raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved[key]
-        return saved
-    except FileNotFoundError:
-        fail(f"--{flag} {path.parent}: has no {path.name}")
+        agent.load_state_dict(saved if optimizer is None else saved["agent"])
+        if optimizer is not None:
+            for name, tensor in optimizer.items():
+                tensor.copy_(saved["optimizer"][name].view_as(tensor))
+            if saved["progress"].keys() != progress.keys():
+                raise ValueError(f"another script's progress, {', '.join(saved['progress'])}")
+            progress.update(saved["progress"])
+            envs.load_state_dict(saved["envs"])
+            torch.set_rng_state(saved["rng"])
     except Exception as error:
-        fail(f"--{flag} {path.parent}: {path} is corrupt, truncated or no checkpoint ({type(error).__name__})")
+        if hasattr(error, "__notes__"):  # an environment's own
+            raise
+        fail(f"{path}: missing, damaged, or not of such a run ({type(error).__name__}: {str(error)[:200]})")
 
 
-def saved_args(flag: str, folder: str) -> Args:
-    """The settings in a run's folder; exits with 2 if it is none."""
-    try:
-        saved = json.loads((Path(folder) / "config.json").read_text())["args"]
-        return Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--{flag} {folder}: not the folder of a {Path(__file__).stem} run, config.json cannot be read ({error})")
-
-
-def rng_state() -> dict:
-    name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    numpy_state = [name, torch.from_numpy(keys.astype(np.int64)), *rest]
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy_state, "python": random.getstate()}
-
-
-def load_rng_state(state: dict):
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    random.setstate(state["python"])
-
-
-def save_run(run_dir: Path, agent: Agent, optimizer, coefs, reward_rms, running, envs, progress: dict, logs: dict):
-    """Write model.pt, what --eval needs, and checkpoint.pt, what --resume needs."""
-    model = {name: tensor.cpu() for name, tensor in agent.state_dict().items()}
-    checkpoint = {
-        "agent": model,
-        "optimizer": {name: tensor.cpu() for name, tensor in optimizer.items()},
-        "coefs": {name: tensor.cpu() for name, tensor in coefs.items()},
-        "reward_rms": reward_rms.state_dict(),
-        "running": {name: torch.from_numpy(array) for name, array in running.items()},
-        "envs": envs.state(),
-        "rng": rng_state(),
-        "progress": progress,
-        "logs": logs,
-    }
-    replace_file(run_dir / "model.pt", torch_bytes(model))
-    replace_file(run_dir / "checkpoint.pt", torch_bytes(checkpoint))
-
-
-def create_run(args: Args, device: torch.device, *state) -> Path:
-    """A new run folder that holds config.json and a first checkpoint from the moment it appears."""
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.runs_dir) / name
-    while run_dir.exists():  # the same run started twice within a second
-        run_dir = run_dir.with_name(run_dir.name + "_")
-    commit = None
-    with contextlib.suppress(OSError):
-        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    packages = filter(importlib.util.find_spec, ["torch", "gymnasium", "mujoco", "numpy", "envpool"])
-    versions = {name: importlib.metadata.version(name) for name in packages}
+def create_run(args: Args) -> Path:
+    """The folder of a new run, with its config.json."""
+    git = "git describe --always --dirty --abbrev=40"  # through a shell, a missing git is no exception
+    here = Path(__file__).resolve().parent
     config = {
-        "args": dataclasses.asdict(args),
+        "args": asdict(args),
         "command": sys.argv,
-        "versions": {"python": platform.python_version(), **versions},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "git_commit": commit,
+        "python": sys.version.split()[0],
+        "versions": {package.name: package.version for package in importlib.metadata.distributions()},
+        "device": torch.cuda.get_device_name() if args.device != "cpu" and torch.cuda.is_available() else "cpu",
+        "git_commit": subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.strip(),
     }
-    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.runs_dir) / name
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            run_dir.mkdir()
+            break
+        except FileExistsError:  # of an equal run that started within the same second
+            run_dir = run_dir.with_name(run_dir.name + "_")
     try:
-        temporary.mkdir(parents=True)
-        replace_file(temporary / "config.json", json.dumps(config, indent=2).encode())
-        save_run(temporary, *state, logs={})
-        temporary.rename(run_dir)
-    except OSError as error:
-        fail(f"--runs-dir {args.runs_dir}: cannot be written: {error}")
+        if args.track:
+            start_tracking(args, run_dir)
+        replace_file(run_dir / "config.json", json.dumps(config, indent=2))
+    except Exception as error:  # of the disk, or of Weights & Biases
+        run_dir.rmdir()
+        fail(f"{run_dir}: {error}")
     return run_dir
 
 
-def open_logs(run_dir: Path, sizes: dict):
-    """episodes.csv and a TensorBoard writer, after cutting what earlier starts of the run logged to `sizes`."""
-    for name, size in sizes.items():
-        if not (run_dir / name).exists() or (run_dir / name).stat().st_size < size:
-            fail(f"--resume {run_dir}: {name} is missing, or shorter than it was at the checkpoint")
-    for path in [run_dir / "episodes.csv", *run_dir.glob("events.out.tfevents.*")]:
-        if path.name in sizes:
-            os.truncate(path, sizes[path.name])
-        else:
-            path.unlink(missing_ok=True)
-    episodes = open(run_dir / "episodes.csv", "a")
-    if episodes.tell() == 0:
-        episodes.write("global_step,return,length\n")
-    return episodes, SummaryWriter(str(run_dir))
-
-
-def log_sizes(run_dir: Path, episodes, writer: SummaryWriter) -> dict:
-    """{file name: bytes} of the logs, all of it handed to the system."""
-    episodes.flush()
-    os.fsync(episodes.fileno())
-    writer.flush()
-    paths = [run_dir / "episodes.csv", *run_dir.glob("events.out.tfevents.*")]
-    return {path.name: path.stat().st_size for path in paths}
-
-
-# ======================================================================================================
-# main
-# ======================================================================================================
-
-
-def choose_renderer(args: Args):
-    """Render one frame, in a process of its own since MuJoCo binds to one renderer for good; without a display set
-    MUJOCO_GL to egl or osmesa, whichever works. Exits with 2 where nothing does."""
-    names = [os.environ.get("MUJOCO_GL")] if {"MUJOCO_GL", "DISPLAY"} & os.environ.keys() else ["egl", "osmesa"]
-    frame = "import json, runpy, sys; script = runpy.run_path(sys.argv[1]); args = json.loads(sys.argv[2])"
-    frame += "; env = script['make_env'](script['Args'](**args), render_mode='rgb_array')"
-    frame += "; env.reset(); assert env.render().ndim == 3"
-    command = [sys.executable, "-c", frame, __file__, json.dumps(dataclasses.asdict(args))]
-    for name in names:
-        environ = os.environ | ({"MUJOCO_GL": name} if name else {})
-        tried = subprocess.run(command, env=environ, capture_output=True, text=True)
-        if tried.returncode == 0:
-            os.environ.update(environ)
-            return
-    how = f"MUJOCO_GL={' or '.join(names)}" if names[0] else "this display"
-    reason = (tried.stderr.strip().splitlines() or ["no frame"])[-1]
-    fail(f"--capture-video: {args.env_id} cannot be rendered with {how} ({reason}); Debian has libegl1 and libosmesa6")
-
-
-@contextlib.contextmanager
-def catch_signals():
-    """Within, Ctrl-C and SIGTERM only leave a note; yields the function that tells whether there is one."""
-    notes = []
-    before = {number: signal.signal(number, lambda *_: notes.append(_)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(notes)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def start_tracking(args: Args, run_dir: Path):
-    """Mirror the TensorBoard metrics to Weights & Biases; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE as usual."""
+    """Copy what TensorBoard gets to Weights & Biases. Its own files go to ./wandb: TensorBoard, which looks into every
+    folder of a run, would show them as more runs."""
     import wandb
 
-    settings = {"config": dataclasses.asdict(args), "dir": str(run_dir), "sync_tensorboard": True, "resume": "allow"}
-    wandb.init(id=run_dir.name, name=run_dir.name, **settings)
+    where = {"project": args.wandb_project, "entity": args.wandb_entity, "id": run_dir.name, "name": run_dir.name}
+    wandb.init(**where, config=asdict(args), sync_tensorboard=True, resume="allow")
 
 
-def evaluate(agent: Agent, args: Args, run_dir: Path, stop) -> dict:
-    """Undiscounted returns of greedy episodes, on gymnasium, all statistics frozen; the rate of success
-    too, where the info tells is_success."""
-    env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
-    if args.capture_video:
-        folder = str(run_dir / "videos" / str(int(time.time())))
-        env = gym.wrappers.RecordVideo(env, folder, episode_trigger=lambda _: True, disable_logger=True)
-    device, noise = agent.obs_rms.shift.device, torch.zeros_like(draw_noise(agent, 1))
-    policy = capture_act(agent, (1, *env.observation_space.shape), torch.float32) if args.compile else act
-    returns, successes = [], []
-    for episode in range(args.eval_episodes):
-        obs, done, total = env.reset(seed=args.seed + args.num_envs + episode)[0], False, 0.0
-        while not done and not stop():
-            obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-            action = policy(agent, obs[None], noise.to(device))[0].cpu().numpy()
-            obs, reward, terminated, truncated, info = env.step(to_env(action, env.action_space))
-            done, total = terminated or truncated, total + float(reward)
-        returns.append(total)
-        successes += [bool(info["is_success"])] if "is_success" in info else []
-    env.close()
-    if stop():
-        return {}
-    result = {"eval_returns": returns, **({"eval_success": float(np.mean(successes))} if successes else {})}
-    success = f", success {result['eval_success']:.1%}" if successes else ""
-    print(f"evaluation: {len(returns)} episodes, return {np.mean(returns):.2f} +- {np.std(returns):.2f}{success}")
-    print("  " + " ".join(f"{value:.2f}" for value in returns))
-    if args.capture_video:
-        print(f"  videos in {folder}")
-    return result
+def episode_means(finished: list) -> dict:
+    """{name: mean} of returns, lengths, and the numbers in the last infos."""
+    columns = {}
+    for _, episodic_return, length, info in finished:
+        for name, value in {**info, "episodic_return": episodic_return, "episodic_length": length}.items():
+            if isinstance(value, (bool, int, float, np.bool_, np.number)):
+                columns.setdefault(name, []).append(float(value))
+    return {name: float(np.mean(values)) for name, values in columns.items()}
 
 
-def main(args: Args):
-    check_args(args)
-    torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if args.resume and (Path(args.resume) / "result.json").exists():
-        print(f"{args.resume} is finished: there is nothing to resume")
+@torch.inference_mode()
+def evaluate(agent: Agent, args: Args, run_dir: Path) -> list:
+    """Greedy episodes, as in Envs.finished; the statistics stand still. Films, if any, go to the run's folder."""
+    video_dir = run_dir / "videos" / str(int(time.time())) if args.capture_video else None
+    envs = Envs(args, [-1], evaluation=True, video_dir=video_dir)
+    for number in tqdm(range(args.eval_episodes), "evaluation", leave=False, disable=None):  # None: on a terminal only
+        while len(envs.finished) == number:
+            envs.step(agent.policy(torch.from_numpy(envs.obs), torch.from_numpy(envs.masks)).mode.numpy())
+    envs.vector_env.envs[0].close()
+    if any(length == args.eval_max_steps for _, _, length, _ in envs.finished):
+        notice(f"the evaluation has cut episodes after --eval-max-steps {args.eval_max_steps}")
+    returns = [episodic_return for _, episodic_return, _, _ in envs.finished]
+    tqdm.write(f"evaluation: {len(returns)} episodes, return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
+    tqdm.write("  " + " ".join(f"{value:.2f}" for value in returns))
+    return envs.finished
+
+
+def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, progress: dict):
+    """PPO, from the run's last checkpoint to its end, and the evaluation."""
+    device = optimizer["theta"].device
+    batch_size = args.num_envs * args.num_steps
+    iterations = args.total_timesteps // batch_size
+    learning_rate = torch.tensor(args.learning_rate, device=device)
+    result_json = run_dir / "result.json"
+    if (run_dir / "checkpoint.pt").exists() or (run_dir / "model.pt").exists():  # else it stopped before the first one
+        load(run_dir / "checkpoint.pt", agent, optimizer, envs, progress)
+    if progress["iteration"] >= iterations and result_json.exists() and "eval_returns" in result_json.read_text():
+        print(f"{run_dir} is finished; with --total-timesteps N it goes on to N")
         return
-    env = make_env(args)
-    if args.capture_video:
-        choose_renderer(args)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    agent = Agent(env, args).to(device)
-    if args.eval:
-        agent.load_state_dict(torch_load(Path(args.eval) / "model.pt", "eval", "obs_rms.mean"))
-        with catch_signals() as stop_requested:
-            evaluate(agent, args, Path(args.eval), stop_requested)
-        if stop_requested():
-            raise SystemExit(130)
-        return
-    with catch_signals() as stop_requested:
-        run_dir, result = train(args, agent, env, device, stop_requested)
-        if not stop_requested():
-            result |= evaluate(agent, args, run_dir, stop_requested)
-        if stop_requested():
-            print(f"interrupted; continue with: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}")
-            raise SystemExit(130)
-    replace_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
+    result_json.unlink(missing_ok=True)  # a shorter run's
+    if progress["iteration"] > 0:  # a kill may have come between the checkpoint and its model
+        replace_file(run_dir / "model.pt", agent.state_dict())
+        replace_file(run_dir / "episodes.csv", progress["episodes"])
+    config = json.loads((run_dir / "config.json").read_text())
+    if args.total_timesteps != config["args"]["total_timesteps"]:
+        notice(f"the run goes on to step {args.total_timesteps:,}; a learning rate that falls reaches 0 there")
+        config["args"]["total_timesteps"] = args.total_timesteps
+        replace_file(run_dir / "config.json", json.dumps(config, indent=2))
+    if args.track and args.resume is not None:
+        start_tracking(args, run_dir)
+
+    cpu_agent = agent if device.type == "cpu" else copy.deepcopy(agent).cpu()  # for a few rows a GPU takes longer
+    run_steps = None
+    compile_seconds = 0.0
+    saved_at = time.monotonic()
+    size = f"{iterations * batch_size:,} steps, {iterations} x {args.num_envs} x {args.num_steps}"
+    masks = f", masks from {envs.mask_source}" if envs.mask_source else ""
+    print(f"{run_dir}: {size}, {device}{masks}", flush=True)
+    options = {"unit": " steps", "unit_scale": batch_size, "mininterval": 0.2 if sys.stderr.isatty() else 10}
+    start = progress["iteration"]
+    bar = tqdm(range(start + 1, iterations + 1), total=iterations, initial=start, **options)
+    writer = SummaryWriter(str(run_dir), purge_step=envs.global_step + 1)  # hides what a killed process logged after it
+    with bar, writer:
+        settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in asdict(args).items()}
+        for summary in hparams(settings, {"charts/episodic_return": 0, "eval/episodic_return": 0}):
+            writer.file_writer.add_summary(summary)
+
+        def keep_best(finished: list):
+            score = episode_means(finished).get("episodic_return", -math.inf)
+            if args.eval_every and score > progress["best_return"]:
+                progress["best_return"] = score
+                replace_file(run_dir / "best.pt", cpu_agent.state_dict())
+                save(run_dir, cpu_agent, optimizer, envs, progress)
+
+        def log(prefix: str, scalars: dict):
+            for name, value in scalars.items():
+                writer.add_scalar(f"{prefix}/{name}", value, envs.global_step)
+
+        for iteration in bar:
+            started = time.perf_counter()
+            if args.anneal_lr:
+                learning_rate.fill_(args.learning_rate * (1 - (iteration - 1) / iterations))
+            rows = rollout(envs, cpu_agent, args)
+            no_statistics = agent.obs_rms.count == 0
+            if no_statistics:  # else the first update would learn on inputs of another scale
+                agent.obs_rms.update(rows["obs"])
+            batch = make_batch(rows, agent, device, args)
+            if run_steps is None:
+                bar.set_postfix_str("first update, to be compiled" if args.compile else "first update")
+                compile_started = time.perf_counter()
+                run_steps = compile_update(agent, optimizer, learning_rate, batch, args)
+                compile_seconds = time.perf_counter() - compile_started
+                started += compile_seconds  # it is no training time
+                bar.set_postfix_str("no episode yet")
+            metrics = update(run_steps, agent, optimizer, learning_rate, batch, args)
+            for name, value in {**metrics, "a parameter": optimizer["theta"].abs().max().item()}.items():
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"{name} is nan or inf at step {envs.global_step:,}")
+            if not no_statistics:
+                agent.obs_rms.update(rows["obs"])
+            cpu_agent.load_state_dict(agent.state_dict())
+            progress["iteration"] = iteration
+            progress["seconds"] += time.perf_counter() - started
+
+            explained_variance = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
+            log("losses", {**metrics, "explained_variance": explained_variance.item()})
+            sps = int(envs.global_step / progress["seconds"])
+            log("charts", {**episode_means(envs.finished), "learning_rate": learning_rate.item(), "SPS": sps})
+            for global_step, episodic_return, length, _ in envs.finished:
+                progress["episodes"] += f"{global_step},{episodic_return!r},{length}\n"
+                bar.set_postfix_str(f"last return {episodic_return:.2f}", refresh=False)
+            envs.finished.clear()
+            if args.eval_every and iteration % args.eval_every == 0 and iteration < iterations:
+                finished = evaluate(cpu_agent, args, run_dir)
+                keep_best(finished)
+                log("eval", episode_means(finished))
+            if time.monotonic() - saved_at >= args.checkpoint_every or iteration == iterations:
+                writer.flush()
+                save(run_dir, cpu_agent, optimizer, envs, progress)
+                saved_at = time.monotonic()
+
+        result = {"iteration": progress["iteration"], "global_step": envs.global_step, "seconds": progress["seconds"]}
+        result |= {"sps": int(envs.global_step / progress["seconds"]), "compile_seconds": compile_seconds}
+        replace_file(result_json, json.dumps(result, indent=2))
+        finished = evaluate(cpu_agent, args, run_dir) if args.eval_episodes else []
+        keep_best(finished)
+        result["eval_returns"] = [episode[1] for episode in finished]
+        if "is_success" in episode_means(finished):
+            result["eval_success"] = episode_means(finished)["is_success"]
+        replace_file(result_json, json.dumps(result, indent=2))
+        log("eval", episode_means(finished))  # after result.json: a run that is resumed before it evaluates again
+    if args.track:
+        sys.modules["wandb"].finish()  # else another run in this process would be taken for this one
     print(f"wrote {run_dir}")
 
 
-def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_requested):
-    """Start or resume a run, until its end or until stop_requested(). Returns its folder and what came of it."""
-    checkpoint = torch_load(Path(args.resume) / "checkpoint.pt", "resume", "progress") if args.resume else None
-    progress = checkpoint["progress"] if checkpoint else {"iteration": 0, "global_step": 0, "seconds": 0.0}
-    seed = (args.seed + progress["global_step"]) % 2**31
-    envs = make_envs(args, seed)
-    running = start_episodes(envs, args.num_envs, seed)
-    optimizer, reward_rms = init_optimizer(agent), RunningMeanStd()
-    coefs = {"learning_rate": torch.tensor(args.learning_rate, device=device)}
-    if checkpoint:
-        run_dir = Path(args.resume)
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer = {name: tensor.to(device) for name, tensor in checkpoint["optimizer"].items()}
-        coefs = {name: tensor.to(device) for name, tensor in checkpoint["coefs"].items()}
-        reward_rms.load_state_dict(checkpoint["reward_rms"])
-        if checkpoint["envs"] is not None:
-            envs.load_state(checkpoint["envs"])
-            running = {name: tensor.numpy() for name, tensor in checkpoint["running"].items()}
-        else:
-            print("notice: the state of these environments cannot be captured; their running episodes start again")
-        load_rng_state(checkpoint["rng"])
-    else:
-        run_dir = create_run(args, device, agent, optimizer, coefs, reward_rms, running, envs, progress)
-    if args.track:
-        start_tracking(args, run_dir)
-    episodes_csv, writer = open_logs(run_dir, checkpoint["logs"] if checkpoint else {})
+def main(args: Args):
+    check(args)
+    torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(args.seed)
+    envs = Envs(args, range(args.num_envs if args.eval is None else 1))
+    agent = Agent(envs, args).to(device)
+    progress = {"iteration": 0, "seconds": 0.0, "episodes": "global_step,return,length\n", "best_return": -math.inf}
+    model = args.eval if args.eval is not None else args.init_from
+    resumed = args.resume is not None and (Path(args.resume) / "checkpoint.pt").exists()
+    if model is not None and not resumed:
+        model = Path(model) if model.endswith(".pt") else Path(model) / "model.pt"
+        load(model, agent)
+    optimizer = init_optimizer(agent)
+    run_dir = None
+    hook = threading.excepthook
 
-    if progress["iteration"] == 0:
-        writer.add_text("args", "\n".join(f"    {name}: {value}" for name, value in dataclasses.asdict(args).items()))
+    def hook_but_for_disks(died):  # TensorBoard's thread leaves an OSError to the next call in this one
+        if not issubclass(died.exc_type, OSError):
+            hook(died)
 
-    batch_size = args.num_envs * args.num_steps
-    iterations = args.total_timesteps // batch_size
-    total = iterations * batch_size
-    shape = f"{iterations} x {args.num_envs} x {args.num_steps}"
-    print(f"{run_dir}: {total:,} steps, {shape}, {type(envs).__name__}, {device}", flush=True)
-    step_fn, last_return, compile_seconds, started = None, math.nan, 0.0, time.perf_counter()
-    seconds_before = progress["seconds"]
-    bar_format = "{percentage:3.0f}% |{bar:20}| {n:,}/{total:,} steps, {desc}, ETA {remaining}"
-    every = 0.2 if sys.stderr.isatty() else 10  # seconds
-    bar = tqdm(None, "first rollout", total, initial=progress["global_step"], bar_format=bar_format, mininterval=every)
+    threading.excepthook = hook_but_for_disks
     try:
-        for iteration in range(progress["iteration"] + 1, iterations + 1):
-            if args.anneal_lr:
-                coefs["learning_rate"].fill_(args.learning_rate * (1 - (iteration - 1) / iterations))
-            rows, episodes = rollout(envs, agent, running, env.action_space, args, progress["global_step"])
-            if agent.norm_obs and iteration == 1:  # else the first update would learn on inputs of another scale
-                agent.obs_rms.update(rows["obs"])
-            batch, explained_variance = make_batch(rows, agent, running, reward_rms, args)
-            if step_fn is None:
-                bar.set_description_str("compiling the update" if args.compile else "first update")
-                compile_started = time.perf_counter()
-                step_fn = compile_update(agent, optimizer, coefs, batch, args)
-                compile_seconds = time.perf_counter() - compile_started
-            optimizer, metrics = update(step_fn, optimizer, batch, coefs, args)
-            global_step = progress["global_step"] + batch_size
-            write_parameters(optimizer["theta"], agent)
-            check_finite({**metrics, "parameter": optimizer["theta"].cpu().numpy()}, global_step)
-            if agent.norm_obs and iteration > 1:
-                agent.obs_rms.update(rows["obs"])
-
-            seconds = seconds_before + time.perf_counter() - started - compile_seconds
-            progress = {"iteration": iteration, "global_step": global_step, "seconds": seconds}
-            for step, episodic_return, length in episodes:
-                episodes_csv.write(f"{step},{episodic_return!r},{length}\n")
-                last_return = episodic_return
-            if episodes:  # their mean: an event for each can take a quarter of the time where episodes are short
-                writer.add_scalar("charts/episodic_return", np.mean([e[1] for e in episodes]), global_step)
-                writer.add_scalar("charts/episodic_length", np.mean([e[2] for e in episodes]), global_step)
-            sps = int(global_step / seconds)
-            writer.add_scalar("charts/learning_rate", coefs["learning_rate"].item(), global_step)
-            writer.add_scalar("charts/SPS", sps, global_step)
-            for name, value in {**metrics, "explained_variance": explained_variance}.items():
-                writer.add_scalar(f"losses/{name}", value, global_step)
-            last = "no episode yet" if math.isnan(last_return) else f"last return {last_return:.2f}"
-            bar.set_description_str(f"{sps:,} SPS, {last}", refresh=False)
-            bar.update(batch_size)
-            if iteration % args.checkpoint_every == 0 or iteration == iterations or stop_requested():
-                logs = log_sizes(run_dir, episodes_csv, writer)
-                save_run(run_dir, agent, optimizer, coefs, reward_rms, running, envs, progress, logs)
-            if stop_requested():
-                break
-        error = None
-    except FloatingPointError as raised:
-        error = f"{raised}; the last good checkpoint is {run_dir / 'checkpoint.pt'}"
+        if args.eval is not None:
+            evaluate(agent.cpu(), args, model.parent)
+            return
+        run_dir = Path(args.resume) if args.resume is not None else create_run(args)
+        if any(path.is_symlink() for path in run_dir.iterdir()):
+            fail(f"{run_dir}: has a symbolic link in it, through which the run would write")
+        with FileLock(run_dir / "lock", timeout=0):  # which a process that dies does not leave behind
+            train(run_dir, args, agent, optimizer, envs, progress)
+    except Timeout:
+        fail(f"{run_dir}: another process trains this run")
+    except KeyboardInterrupt:
+        command = ["python", sys.argv[0], "--resume", str(run_dir), "--env-id", args.env_id]
+        print(f"interrupted; continue with: {shlex.join(command)}" if run_dir else "interrupted")
+        raise SystemExit(130) from None
+    except (FloatingPointError, OSError) as error:
+        if hasattr(error, "__notes__"):  # an environment's own
+            raise
+        if isinstance(error, OSError):
+            fail(f"{run_dir or args.runs_dir}: {error}")
+        fail(f"{error}; a checkpoint in {run_dir} is from before", status=1)
     finally:
-        bar.close()
-        episodes_csv.close()
-        writer.close()
-    if error:
-        fail(error, status=1)
-    sps = int(progress["global_step"] / progress["seconds"])
-    return run_dir, {**progress, "sps": sps, "compile_seconds": compile_seconds}
+        threading.excepthook = hook
 
 
 if __name__ == "__main__":
-    main(parse_args(sys.argv[1:]))
+    main(parse_args())

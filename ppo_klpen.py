@@ -137,6 +137,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     config = (Path(path).parent if path.endswith(".pt") else Path(path)) / "config.json"
     try:
         saved = json.loads(config.read_text())["args"]
+        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         for name, kind in get_type_hints(Args).items():
             typeguard.check_type(saved[name], kind)
             if isinstance(saved[name], bool) and kind is not bool:
@@ -929,7 +930,7 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
     bar = tqdm(range(start + 1, iterations + 1), total=iterations, initial=start, **options)
     writer = SummaryWriter(str(run_dir), purge_step=envs.global_step + 1)  # hides what a killed process logged after it
     with bar, writer:
-        settings = {name: "" if value is None else value for name, value in asdict(args).items()}
+        settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in asdict(args).items()}
         for summary in hparams(settings, {"charts/episodic_return": 0, "eval/episodic_return": 0}):
             writer.file_writer.add_summary(summary)
 

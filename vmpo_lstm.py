@@ -153,6 +153,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     config = (Path(path).parent if path.endswith(".pt") else Path(path)) / "config.json"
     try:
         saved = json.loads(config.read_text())["args"]
+        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         for name, kind in get_type_hints(Args).items():
             typeguard.check_type(saved[name], kind)
             if isinstance(saved[name], bool) and kind is not bool:
@@ -419,6 +420,8 @@ class Envs:
             first = info_of(infos, 0)
             self.mask_source = first.get("mask_source", "info") if "action_mask" in first else None
             self.masks = np.ones((len(acting), np.size(first.get("action_mask", np.ones(nvec.sum())))), dtype=bool)
+        if isinstance(infos, list) and not self.mask_source and not any("action_mask" in info for info in infos):
+            return
         self.masks = self.masks.copy()
         if isinstance(infos, dict) and "action_mask" in infos:
             self.masks[acting] = infos["action_mask"].reshape(len(acting), -1)[acting]
@@ -1218,7 +1221,7 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
     bar = tqdm(range(start + 1, iterations + 1), total=iterations, initial=start, **options)
     writer = SummaryWriter(str(run_dir), purge_step=envs.global_step + 1)  # hides what a killed process logged after it
     with bar, writer:
-        settings = {name: "" if value is None else value for name, value in asdict(args).items()}
+        settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in asdict(args).items()}
         for summary in hparams(settings, {"charts/episodic_return": 0, "eval/episodic_return": 0}):
             writer.file_writer.add_summary(summary)
 

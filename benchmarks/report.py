@@ -63,7 +63,8 @@ def read_run(folder: Path) -> tuple[dict, dict]:
     if "--runs-dir" in flags:
         at = flags.index("--runs-dir")
         del flags[at : at + 2]
-    key = {"setting": args["exp_name"], "env_id": args["env_id"], "seed": str(args["seed"])}
+    env_id = args["env_id"].split(":")[-1]  # a task's name, not its module's
+    key = {"setting": args["exp_name"], "env_id": env_id, "seed": str(args["seed"])}
     row = {
         **key,
         "score": f"{returns[-100:].mean():.2f}",
@@ -432,7 +433,8 @@ HPPO = {
     "HybridMoving-v0": "90.5 ± 6.8",
     "HybridCatchPoint-v0": "96.3 ± 4.8 (HyAR: 69)",
     **{"HybridHardMove4-v0": "9", "HybridHardMove6-v0": "5", "HybridHardMove8-v0": "4", "HybridHardMove10-v0": "5"},
-    "gym_platform:Platform-v0": "return 0.80",
+    "gym_platform:Platform-v0": "return 0.80",  # PyPI's, to which HybridPlatform-v0 is equal
+    "HybridPlatform-v0": "return 0.80",
 }
 LOSSES = {"separate-chosen": BLUE, "separate-all": GREEN, "joint-chosen": ORANGE, "joint-all": RED}
 

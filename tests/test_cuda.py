@@ -15,23 +15,23 @@ from conftest import finish, load, only, run, start
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 
 SIZES = "--num-envs 4 --num-steps 32 --num-minibatches 4 --eval-episodes 1".split()
-MICRORTS = "ppo_multidiscrete_joint_loss --env-id MicroRTS-8x8-basesWorkers --opponent passiveAI --max-steps 30"
+MICRORTS = "ppo_multidiscrete_joint_loss --env-id environments.microrts:MicroRTS-8x8-basesWorkers --env-kwargs"
+BOT = '"opponents":["passiveAI"],"max_steps":30'
 RUNS = [
     "ppo_continuous --env-id Hopper-v4",
     "ppo_klpen --env-id Hopper-v4",
     "vmpo --env-id Hopper-v4",
-    "vmpo --env-id CartPole-v1 --popart --advantage nstep",
-    "vmpo --env-id CartPole-v1 --recurrent --num-steps 8",
-    "hppo_hybrid --env-id HybridMoving-v0",
+    "vmpo --env-id CartPole-v1 --popart --gae-lambda 1 --control-variate",
+    "vmpo_lstm --env-id CartPole-v1 --num-steps 8",
+    "hppo_hybrid --env-id environments.hybrid:HybridMoving-v0",
     "ppo_multidiscrete_joint_loss --env-id Hopper-v4 --loss mix-ratio",
-    f"{MICRORTS} --action-mode unit",
-    f"{MICRORTS} --action-mode gridnet",
+    f'{MICRORTS} {{"action_mode":"unit",{BOT}}}',
+    f'{MICRORTS} {{"action_mode":"gridnet",{BOT}}}',
 ]
 
 
 def train(module, runs_dir: Path, *flags) -> tuple[dict, dict]:
     """A run in this process: the parameters it ends with, and its config.json."""
-    torch.compiler.reset()  # else what other tests of this process compiled counts against the limit of one function
     module.main(module.parse_args([*SIZES, *flags, "--runs-dir", str(runs_dir)]))
     folder = only(runs_dir)
     return load(folder / "model.pt"), json.loads((folder / "config.json").read_text())
@@ -46,7 +46,8 @@ def test_cuda_graphs_learn_what_the_plain_update_learns_on_the_cpu(line, tmp_pat
     flags += ["--total-timesteps", str(2 * 4 * num_steps), "--update-epochs", "2"]
     args = module.parse_args([*SIZES, *flags])
     torch.manual_seed(args.seed)
-    first = dict(module.Agent(module.make_env(args), args).named_parameters())
+    make_agent = getattr(module, "make_agent", module.Agent)
+    first = dict(make_agent(module.Envs(args, range(4)), args).named_parameters())
     plain, _ = train(module, tmp_path / "cpu", *flags, "--device", "cpu", "--no-compile")
     graphs, config = train(module, tmp_path / "cuda", *flags, "--device", "cuda")
     assert "notice" not in capsys.readouterr().err  # of an update that runs uncompiled

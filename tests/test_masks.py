@@ -10,6 +10,7 @@ from conftest import assert_same_outcome, load, only
 from gymnasium.envs import registration
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 
+import hppo_hybrid
 import vmpo
 import vmpo_lstm
 
@@ -25,6 +26,7 @@ CASES = [
     Case(vmpo, SEVERAL, vmpo.make_agent, "actor_mean"),
     Case(vmpo_lstm, ONE, vmpo_lstm.make_agent, "actor_mean"),
     Case(vmpo_lstm, SEVERAL, vmpo_lstm.make_agent, "actor_mean"),
+    Case(hppo_hybrid, gym.spaces.Tuple([ONE, Box(-1, 1, (2,))]), hppo_hybrid.Agent, "actor_logits"),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.script.__name__}-{case.space}")
 

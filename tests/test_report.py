@@ -183,7 +183,7 @@ def test_a_real_run_of_another_script_has_a_row_and_a_table(tmp_path):
     import hppo_hybrid
 
     flags = "--num-envs 4 --num-steps 64 --num-minibatches 2 --total-timesteps 2048 --eval-episodes 2 --no-compile"
-    flags = f"{flags} --env-id HybridMoving-v0 --exp-name separate-chosen --runs-dir {tmp_path}"
+    flags = f"{flags} --env-id environments.hybrid:HybridMoving-v0 --exp-name separate-chosen --runs-dir {tmp_path}"
     hppo_hybrid.main(hppo_hybrid.parse_args(flags.split()))
     row, curve = report.read_run(next(tmp_path.iterdir()))
     assert row["eval_success"] in ("0.0000", "0.5000", "1.0000")
