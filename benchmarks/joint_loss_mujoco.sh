@@ -8,7 +8,7 @@
 #     pip install -r benchmarks/requirements.txt && benchmarks/joint_loss_mujoco.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-paper="--hidden-sizes 64 64 64 --learning-rate 2.5e-4 --ent-coef 0.001 --vf-coef 1 --no-clip-vloss --device cpu"
+paper="--hidden-layers 3 --learning-rate 2.5e-4 --ent-coef 0.001 --vf-coef 1 --no-clip-vloss --device cpu"
 
 run() {  # environment, seed, steps, what the setting's name ends in
     local command="python ppo_multidiscrete_joint_loss.py --env-id $1 --seed $2 --total-timesteps $3 $paper"

@@ -4,7 +4,7 @@
     python benchmarks/microrts_tournament.py --opponents workerRushAI --jobs 1
 
 A match is `ppo_multidiscrete_joint_loss.py --eval RUN` with the bot in --env-kwargs in place of those of the training.
-The script draws from the policy: against a greedy one most bots play the same game over and over. Matches that the file
+Actions are drawn: against a greedy policy most bots play the same game over and over. Matches that the file
 has, with as many games, are skipped, so that a killed tournament goes on where it was. report.py joint_loss_microrts
 makes the table.
 """
@@ -39,6 +39,11 @@ class Args:
     """matches at a time"""
 
 
+def task_of(config: dict) -> str:
+    """The name of a run's task, without the module that it comes from."""
+    return config["env_id"].split(":")[-1]
+
+
 def key_of(row: dict) -> tuple[str, ...]:
     return row["setting"], row["env_id"], row["seed"], row["opponent"]
 
@@ -48,12 +53,12 @@ def play(run: Path, opponent: str, games: int) -> dict:
     args = json.loads((run / "config.json").read_text())["args"]
     kwargs = json.dumps({**json.loads(args["env_kwargs"]), "opponents": [opponent]})
     command = [sys.executable, str(SCRIPT), "--eval", str(run), "--env-id", args["env_id"], "--env-kwargs", kwargs]
-    command += ["--eval-episodes", str(games), "--device", "cpu"]
+    command += ["--eval-episodes", str(games), "--eval-sample", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     said = re.search(r"^evaluation: (\d+) episodes.* success ([\d.]+)%$", done.stdout, re.MULTILINE)
     if done.returncode or not said:
         raise RuntimeError(f"{' '.join(command[1:])}: {(done.stdout + done.stderr)[-500:]}")
-    key = {"setting": args["exp_name"], "env_id": args["env_id"], "seed": str(args["seed"]), "opponent": opponent}
+    key = {"setting": args["exp_name"], "env_id": task_of(args), "seed": str(args["seed"]), "opponent": opponent}
     return {**key, "games": said[1], "win_rate": f"{float(said[2]) / 100:.3f}"}
 
 
@@ -65,7 +70,7 @@ def main(args: Args):
     for result in results:
         config = json.loads((result.parent / "config.json").read_text())["args"]
         for opponent in args.opponents:
-            row = rows.get((config["exp_name"], config["env_id"], str(config["seed"]), opponent))
+            row = rows.get((config["exp_name"], task_of(config), str(config["seed"]), opponent))
             if row is None or int(row["games"]) < args.games:
                 matches.append((result.parent, opponent))
     failed = 0

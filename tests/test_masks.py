@@ -11,6 +11,7 @@ from gymnasium.envs import registration
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 
 import hppo_hybrid
+import ppo_multidiscrete_joint_loss as joint_loss
 import vmpo
 import vmpo_lstm
 
@@ -26,6 +27,8 @@ CASES = [
     Case(vmpo, SEVERAL, vmpo.make_agent, "actor_mean"),
     Case(vmpo_lstm, ONE, vmpo_lstm.make_agent, "actor_mean"),
     Case(vmpo_lstm, SEVERAL, vmpo_lstm.make_agent, "actor_mean"),
+    Case(joint_loss, ONE, joint_loss.make_agent, "actor_mean"),
+    Case(joint_loss, SEVERAL, joint_loss.make_agent, "actor_mean"),
     Case(hppo_hybrid, gym.spaces.Tuple([ONE, Box(-1, 1, (2,))]), hppo_hybrid.Agent, "actor_logits"),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.script.__name__}-{case.space}")

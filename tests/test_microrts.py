@@ -1,727 +1,128 @@
-"""The games of MicroRTS: orders, masks, rewards, ends and resets. Needs gym-microrts, jpype1 and a Java."""
+"""Whole runs of ppo_multidiscrete_joint_loss.py on MicroRTS, and the tournament between what they train and the bots.
+Needs gym-microrts, jpype1 and a Java; the games themselves are tested in test_environments_microrts.py."""
 
-import contextlib
-import io
+import importlib
 import json
-import os
+import shlex
 import subprocess
 import sys
-import xml.etree.ElementTree
-from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, assert_same_outcome, only
 
 import ppo_multidiscrete_joint_loss as ppo
 
-NONE, MOVE, HARVEST, RETURN, PRODUCE, ATTACK = range(6)
-RESOURCE, BASE, BARRACKS, WORKER, LIGHT = range(1, 6)  # as the plane of types has them
-NORTH, EAST, SOUTH, WEST = range(4)
-OFFSETS = [(0, -1), (1, 0), (0, 1), (-1, 0)]  # dx, dy of the directions
-DISABLED = gym.vector.AutoresetMode.DISABLED
-PARTS = np.split(np.arange(78), np.cumsum(ppo.MICRORTS_COMPONENTS)[:-1])
+ENV_ID = "environments.microrts:MicroRTS-8x8-basesWorkers"
+SIZES = "--num-envs 3 --num-steps 64 --num-minibatches 2 --update-epochs 2 --no-anneal-lr --no-compile --device cpu"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def java():
     """Not before these tests run: a process with Java in it cannot be forked."""
-    with contextlib.redirect_stderr(io.StringIO()) as complaint:
-        try:
-            ppo.start_jvm()
-        except SystemExit:
-            pytest.skip(complaint.getvalue().strip())
+    try:
+        pytest.importorskip("environments.microrts", exc_type=ImportError).start_java()
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
-def make(num_envs=1, opponents=("passiveAI",), size="8x8", **kwargs):
-    options = {"autoreset_mode": DISABLED, **kwargs}
-    return ppo.MicroRTSVectorEnv(num_envs, f"MicroRTS-{size}-basesWorkers", opponents, **options)
+def flags(runs_dir, more="", **kwargs) -> list[str]:
+    """Of a run with games of at most 40 steps."""
+    kwargs = json.dumps({"opponents": ["workerRushAI", "passiveAI"], "max_steps": 40, **kwargs})
+    line = f"{SIZES} --env-id {ENV_ID} --env-kwargs {shlex.quote(kwargs)} --runs-dir {runs_dir} {more}"
+    return shlex.split(line)
 
 
-def planes(env, obs):
-    """obs as int [N, P, h, w]."""
-    return obs.reshape(len(obs), -1, env.height, env.width).astype(int)
-
-
-def order(action, direction=0, kind=0, dx=0, dy=0):
-    return [action, *[direction] * 4, kind, 7 * (3 + dy) + 3 + dx]
-
-
-def draw(masks, rng, all_cells=False):
-    """Random actions within the masks; all_cells as for action_mode "gridnet"."""
-    u = np.where(masks[:, :, 1:], rng.random((*masks.shape[:2], 78), dtype=np.float32), -1)
-    orders = np.stack([u[:, :, part].argmax(-1) for part in PARTS], -1)
-    if all_cells:
-        return orders
-    cells = np.where(masks[:, :, 0], rng.random(masks.shape[:2]), -1).argmax(1)
-    return np.concatenate([cells[:, None], orders[np.arange(len(masks)), cells]], 1)
-
-
-class Commander:
-    """Orders for one seat's units, one after the other; the other seats do nothing."""
-
-    def __init__(self, env, seat=0):
-        self.env, self.seat, self.rewards, self.over = env, seat, [], False
-        self.see(env.reset()[0])
-
-    def see(self, obs):
-        self.hp, self.resources, self.owner, self.kind, self.busy = planes(self.env, obs)[self.seat]
-
-    def cells(self, owner, kind):
-        """(x, y) of all units of an owner and a type."""
-        return [(int(x), int(y)) for y, x in np.argwhere((self.owner == owner) & (self.kind == kind))]
-
-    def give(self, x, y, *what, **components):
-        """An order to the unit there, until no unit is busy; what it was paid, raw [6], in its first step and later."""
-        cell, paid = y * self.env.width + x, []
-        row = self.env.action_masks[self.seat, cell]
-        action = [cell, *order(*what, **components)]
-        used = {MOVE: [1], HARVEST: [2], RETURN: [3], PRODUCE: [4, 5], ATTACK: [6]}.get(what[0], [])
-        assert row[0] and all(row[1:][PARTS[part]][action[1 + part]] for part in [0, *used]), "the mask forbids it"
-        actions = np.zeros((self.env.num_envs, 8), dtype=int)
-        actions[self.seat] = action
-        while True:
-            obs, rewards, terminated, truncated, info = self.env.step(actions)
-            self.see(obs)
-            paid.append(info["raw_rewards"][self.seat])
-            self.rewards.append(rewards[self.seat])
-            self.over, self.won = bool(terminated[self.seat] or truncated[self.seat]), info["is_success"][self.seat]
-            if self.over or not (self.busy * (self.owner == 1)).any():
-                return paid[0], sum(paid[1:], np.zeros(6))
-            actions[self.seat] = 0
-
-    def go(self, x, y, to_x, to_y):
-        """Walk a shortest way next to a cell; where the unit then stands."""
-        ways, ends = {(x, y): []}, [(x, y)]
-        while ends:
-            x, y = ends.pop(0)
-            if abs(x - to_x) + abs(y - to_y) == 1:
-                break
-            for direction, (dx, dy) in enumerate(OFFSETS):
-                step = (x + dx, y + dy)
-                inside = 0 <= step[0] < self.env.width and 0 <= step[1] < self.env.height
-                if inside and step not in ways and self.kind[step[1], step[0]] == 0:
-                    ways[step] = [*ways[x, y], direction]
-                    ends.append(step)
-        start = next(iter(ways))
-        for direction in ways[x, y]:
-            self.give(*start, MOVE, direction)
-            start = (start[0] + OFFSETS[direction][0], start[1] + OFFSETS[direction][1])
-            assert self.owner[start[1], start[0]] == 1
-        return start
-
-    def toward(self, x, y, to_x, to_y):
-        return OFFSETS.index((to_x - x, to_y - y))
-
-
-def paid(**rewards):
-    return [rewards.get(name, 0) for name in ppo.MICRORTS_REWARDS]
-
-
-# What orders do.
-
-
-def test_units_move_where_they_are_sent():
-    player, rng, seen = Commander(make()), np.random.default_rng(0), set()
-    for _ in range(60):
-        [(x, y)] = player.cells(1, WORKER)
-        direction = rng.choice(np.flatnonzero(player.env.action_masks[0, 8 * y + x, 1:][PARTS[1]]))
-        player.give(x, y, MOVE, direction)
-        dx, dy = OFFSETS[direction]
-        assert player.cells(1, WORKER) == [(x + dx, y + dy)]
-        seen.add(int(direction))
-    assert seen == {NORTH, EAST, SOUTH, WEST}
-
-
-def test_an_economy_and_a_war():
-    """Harvest, return, produce a worker, a building, a soldier, attack and win: each is paid when it is ordered."""
-    player = Commander(make(max_steps=10_000))
-    [(x, y)], [base], [spot] = player.cells(1, WORKER), player.cells(1, BASE), [(0, 0)]
-    first, later = player.give(*base, PRODUCE, SOUTH, WORKER - 1)
-    assert list(first) == paid(ProduceWorker=1) and not later.any()
-    assert (base[0], base[1] + 1) in player.cells(1, WORKER)
-    for _ in range(8):
-        x, y = player.go(x, y, *spot)
-        first, later = player.give(x, y, HARVEST, player.toward(x, y, *spot))
-        assert list(first) == paid(ResourceGather=1) and not later.any()
-        assert player.resources[y, x] == 1
-        x, y = player.go(x, y, *base)
-        first, later = player.give(x, y, RETURN, player.toward(x, y, *base))
-        assert list(first) == paid(ResourceGather=1) and not later.any()
-        assert player.resources[y, x] == 0
-    builder = [cell for cell in player.cells(1, WORKER) if cell != (x, y)][0]
-    first, later = player.give(*builder, PRODUCE, SOUTH, BARRACKS - 1)
-    assert list(first) == paid(ProduceBuilding=1) and not later.any()
-    barracks = (builder[0], builder[1] + 1)
-    assert player.cells(1, BARRACKS) == [barracks]
-    first, later = player.give(*barracks, PRODUCE, EAST, LIGHT - 1)
-    assert list(first) == paid(ProduceCombatUnit=1) and not later.any()
-    x, y = barracks[0] + 1, barracks[1]
-    assert player.cells(1, LIGHT) == [(x, y)]
-    while not player.over:
-        target = (player.cells(2, WORKER) + player.cells(2, BASE))[0]
-        x, y = player.go(x, y, *target)
-        strength = player.hp[target[1], target[0]]
-        first, later = player.give(x, y, ATTACK, dx=target[0] - x, dy=target[1] - y)
-        assert list(first) == paid(Attack=1)
-        assert player.hp[target[1], target[0]] < strength or strength == 4  # the plane is clipped
-    assert list(later) == paid(WinLoss=1) and player.won
-    assert player.rewards[-1] == 10
-    assert not player.cells(2, WORKER) + player.cells(2, BASE)
-    with pytest.raises(ValueError, match="reset"):
-        player.env.step(np.zeros((1, 8), dtype=int))
-
-
-def test_gridnet_orders_all_idle_units_at_once():
-    env = make(action_mode="gridnet")
-    obs = planes(env, env.reset()[0])[0]
-    worker, base = np.argwhere(obs[3] == WORKER)[0], np.argwhere((obs[3] == BASE) & (obs[2] == 1))[0]
-    assert list(worker) == [1, 1]
-    actions = np.zeros((1, 64, 7), dtype=int)
-    actions[:] = order(ATTACK)  # of no consequence where no idle unit of the seat stands
-    actions[0, 8 * base[0] + base[1]] = order(PRODUCE, EAST, WORKER - 1)
-    actions[0, 9] = order(MOVE, SOUTH)
-    after = planes(env, env.step(actions)[0])[0]
-    assert after[4][tuple(base)] == PRODUCE and after[4][1, 1] == MOVE
-    assert (after[4] != 0).sum() == 2 and not env.action_masks.any()
-    # Games with different numbers of idle units are stepped together.
-    pair = make(2, action_mode="gridnet")
-    pair.reset()
-    actions = np.repeat(np.zeros_like(actions), 2, 0)
-    actions[1, 8 * base[0] + base[1]] = order(PRODUCE, EAST, WORKER - 1)
-    pair.step(actions)
-    assert list(pair.action_masks[:, :, 0].sum(1)) == [2, 1]
-    actions[1, 9] = order(MOVE, SOUTH)
-    after = planes(pair, pair.step(actions)[0])
-    assert after[1, 4, 1, 1] == MOVE and after[1, 4][tuple(base)] == PRODUCE and not after[0, 4].any()
-    # Both want the same cell: one goes on, the other waits.
-    actions = np.zeros((1, 64, 7), dtype=int)
-    env.reset()
-    actions[0, 8 * base[0] + base[1]] = order(PRODUCE, SOUTH, WORKER - 1)
-    actions[0, 9] = order(MOVE, SOUTH)
-    for _ in range(12):
-        env.step(actions)
-    actions[0, 8 * 2 + 1] = order(MOVE, EAST)
-    after = planes(env, env.step(actions)[0])[0]
-    assert after[4][tuple(base)] == PRODUCE and after[4][2, 1] == NONE
-
-
-# Masks.
-
-
-@pytest.mark.parametrize("kwargs", [{"opponents": ("passiveAI", "workerRushAI")}, {"selfplay": 2}])
-def test_masked_orders_are_carried_out(kwargs):
-    """5,000 steps each. The next observation shows the unit at work on its order, but for the two clashes that masks
-    do not tell: the cell belongs to another unit's order, or both sides wanted it, or the money is another unit's."""
-    env, rng = make(4, **kwargs), np.random.default_rng(1)
-    prices = [0, 10, 5, 1, 2, 2, 2]
-
-    def claims(i):
-        """The cells that orders under way will use, and the money that is left for others."""
-        game, player = env.seats[i]
-        state = env.game_state(game)
-        usage = state.getResourceUsage()
-        money = state.getPlayer(player).getResources() - usage.getResourcesUsed(player)
-        return {int(cell) for cell in usage.getPositionsUsed()}, money
-
-    env.reset()
-    carried_out = np.zeros(6, dtype=int)
-    for _ in range(1250):
-        masks, before = env.action_masks, [claims(i) for i in range(4)]
-        actions = draw(masks, rng)
-        obs, _, terminated, truncated, _ = env.step(actions)
-        _, _, owner, _, busy = planes(env, obs).transpose(1, 0, 2, 3)
-        for i in np.flatnonzero(masks[:, :, 0].any(1)):
-            cell, action = actions[i, 0], actions[i, 1]
-            x, y = cell % 8, cell // 8
-            if action == NONE or owner[i, y, x] != 1:  # killed in this very step
-                continue
-            if busy[i, y, x] == action:
-                assert not env.action_masks[i, cell].any()
-                carried_out[action] += 1
-                continue
-            assert action in (MOVE, PRODUCE)
-            dx, dy = OFFSETS[actions[i, 2 if action == MOVE else 5]]
-            taken = 8 * (y + dy) + x + dx in before[i][0] | claims(i)[0]
-            near = [(y + dy + v, x + dx + u) for u, v in OFFSETS]
-            both = any(0 <= v < 8 and 0 <= u < 8 and owner[i, v, u] == 2 and busy[i, v, u] == NONE for v, u in near)
-            poor = action == PRODUCE and before[i][1] < prices[actions[i, 6]]
-            assert taken or both or poor
-        done = terminated | truncated
-        if done.any():
-            env.reset(options={"reset_mask": done})
-    assert carried_out.sum() > 500 and (carried_out[1:] > 0).all()
-
-
-def test_orders_outside_the_masks_are_not_carried_out():
-    env, rng = make(8, ("workerRushAI", "passiveAI")), np.random.default_rng(2)
-    env.reset()
-    accepted = waited = 0
-    for _ in range(1000):
-        masks = env.action_masks
-        actions = rng.integers(0, env.single_action_space.nvec, (8, 8))
-        actions[:, 0] = draw(masks, rng)[:, 0]
-        obs, _, terminated, truncated, _ = env.step(actions)
-        busy = planes(env, obs)[:, 4].reshape(8, 64)
-        for i in np.flatnonzero(masks[:, :, 0].any(1)):
-            cell, action = actions[i, :2]
-            row = masks[i, cell, 1:]
-            used = {MOVE: [1], HARVEST: [2], RETURN: [3], PRODUCE: [4, 5], ATTACK: [6]}.get(action, [])
-            if all(row[PARTS[part]][actions[i, 1 + part]] for part in [0, *used]):
-                accepted += action != NONE
-            else:
-                waited += 1
-                assert busy[i, cell] == NONE
-        if (terminated | truncated).any():
-            env.reset(options={"reset_mask": terminated | truncated})
-    assert accepted > 50 and waited > 500
-
-
-@pytest.mark.parametrize("partial_obs", [False, True])
-def test_masks_are_those_of_java(partial_obs):
-    """Only some rows are read; all others must be zeros."""
-    env = make(6, ("workerRushAI", "lightRushAI"), selfplay=2, partial_obs=partial_obs, max_steps=150)
-    rng = np.random.default_rng(3)
-    env.reset()
-    for _ in range(400):
-        whole = np.array(env.client.getMasks(0)).reshape(6, 64, 79)
-        assert set(np.unique(whole)) <= {0, 1}
-        assert (env.action_masks == whole).all()
-        _, _, terminated, truncated, _ = env.step(draw(env.action_masks, rng))
-        if (terminated | truncated).any():
-            env.reset(options={"reset_mask": terminated | truncated})
-
-
-def test_a_new_array_of_masks_each_step():
-    env = make()
-    first = env.reset()[1]["action_mask"]
-    before = first.copy()
-    _, _, _, _, info = env.step(np.array([[9, *order(MOVE, SOUTH)]]))
-    assert info["action_mask"] is env.action_masks and (first == before).all()
-    assert (info["action_mask"] != before).any()
-
-
-# Rewards and ends.
-
-
-def test_rewards_are_the_weights_times_the_raw_ones():
-    weights = (7.0, -1.0, 0.5, 2.0, 3.0, 11.0)
-    env, rng = make(8, ("randomBiasedAI", "workerRushAI"), reward_weights=weights), np.random.default_rng(4)
-    env.reset()
-    seen = np.zeros(6)
-    for _ in range(800):
-        _, rewards, terminated, truncated, info = env.step(draw(env.action_masks, rng))
-        raw = info["raw_rewards"]
-        assert rewards.dtype == raw.dtype == np.float64 and raw.shape == (8, 6)
-        np.testing.assert_allclose(rewards, (raw * weights).sum(1), rtol=1e-12)
-        assert (terminated == (raw[:, 0] != 0)).all() and (info["is_success"] == (raw[:, 0] == 1)).all()
-        seen += abs(raw).sum(0)
-        if (terminated | truncated).any():
-            env.reset(options={"reset_mask": terminated | truncated})
-    assert (seen[[0, 1, 2, 4]] > 0).all()
-
-
-def test_the_time_limit_truncates_and_shows_the_true_last_state():
-    short, long = make(3, ("workerRushAI",), max_steps=40), make(3, ("workerRushAI",), max_steps=41)
-    rng = np.random.default_rng(5)
-    short.reset(), long.reset()
-    for t in range(1, 41):
-        actions = draw(short.action_masks, rng)
-        (obs, rewards, terminated, truncated, _), other = short.step(actions), long.step(actions)
-        assert (obs == other[0]).all() and (rewards == other[1]).all()
-        assert not terminated.any() and (truncated == (t == 40)).all() and not other[3].any()
-    assert long.step(draw(long.action_masks, rng))[3].all()
-    with pytest.raises(ValueError, match="reset"):
-        short.step(actions)
-
-
-def test_reset_starts_the_masked_games_only():
-    env, rng = make(5, ("workerRushAI",)), np.random.default_rng(6)
-    first = env.reset()[0]
-    for _ in range(60):
-        obs = env.step(draw(env.action_masks, rng))[0]
-    mask, masks = np.array([False, True, False, False, True]), env.action_masks
-    after, info = env.reset(options={"reset_mask": mask})
-    assert (after[mask] == first[mask]).all() and (after[~mask] == obs[~mask]).all()
-    assert (info["action_mask"][~mask] == masks[~mask]).all()
-    assert list(env.t) == [60, 0, 60, 60, 0]
-    assert not (env.step(draw(env.action_masks, rng))[0][~mask] == first[~mask]).all()
-
-
-def test_autoreset_in_the_next_step():
-    """The same games as with DISABLED and resets at once, but for one step at each end, which is the reset."""
-    rng = np.random.default_rng(7)
-    env = make(4, ("workerRushAI",), max_steps=90, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
-    reference = make(4, ("workerRushAI",), max_steps=90)
-    first, _ = env.reset()
-    reference.reset()
-    over, ends = np.zeros(4, dtype=bool), 0
-    for _ in range(300):
-        actions = draw(env.action_masks, rng)
-        obs, rewards, terminated, truncated, info = env.step(actions)
-        assert (obs[over] == first[over]).all() and not rewards[over].any() and not info["raw_rewards"][over].any()
-        assert not (terminated | truncated)[over].any() and not info["is_success"][over].any()
-        same = reference.step(actions)
-        assert (obs[~over] == same[0][~over]).all() and (rewards[~over] == same[1][~over]).all()
-        assert (truncated[~over] == same[3][~over]).all() and (terminated[~over] == same[2][~over]).all()
-        if not over.any():
-            over = terminated | truncated
-            ends += over.sum()
-            if over.any():
-                assert not (obs[over] == first[over]).all()
-                reference.reset(options={"reset_mask": over})
-        else:
-            env.reset(), reference.reset()  # games that ended at different times have drifted apart by a step
-            over[:] = False
-    assert ends >= 4
-
-
-STREAM = """
-import hashlib, sys
-import numpy as np
-import {module} as ppo
-env = ppo.MicroRTSVectorEnv(6, "MicroRTS-8x8-basesWorkers", ("workerRushAI", "lightRushAI", "passiveAI"), max_steps=150)
-digest, rng = hashlib.sha256(), np.random.default_rng(8)
-obs, info = env.reset()
-for _ in range(400):
-    digest.update(obs.tobytes() + env.action_masks.tobytes())
-    cells = np.where(env.action_masks[:, :, 0], rng.random((6, 64)), -1).argmax(1)
-    orders = rng.integers(0, ppo.MICRORTS_COMPONENTS, (6, 7))
-    obs, rewards, *ends, info = env.step(np.concatenate([cells[:, None], orders], 1))
-    digest.update(rewards.tobytes() + np.array(ends).tobytes())
-digest = digest.hexdigest()
-"""
-
-
-def child(code):
-    """The output of this code in a process of its own, which has no display."""
-    environ = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
-    environ["PYTHONPATH"] = str(Path(ppo.__file__).resolve().parent)
-    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_games_follow_from_the_actions():
-    """The bots without randomness, in another process and after whatever this one's Java has seen."""
-    names, code = {}, STREAM.format(module=ppo.__name__)
-    exec(code, names)
-    assert child(code + "print(digest)") == names["digest"]
-
-
-# Seats.
-
-
-def test_opponents_take_turns():
-    env = make(7, ("coacAI", "workerRushAI"), selfplay=1)
-    assert env.opponents == ["selfplay"] * 2 + ["coacAI", "workerRushAI"] * 2 + ["coacAI"]
-    assert make(4, (), selfplay=2).opponents == ["selfplay"] * 4
-
-
-def test_both_seats_of_a_selfplay_game_see_the_same():
-    """Mirrored orders keep the mirrored map's two views equal, resources included."""
-    env, rng = make(2, size="16x16", selfplay=1), np.random.default_rng(9)
-    obs, _ = env.reset()
-    directions = [2, 3, 0, 1]
-    turned = np.concatenate(
-        [np.arange(7)]
-        + [7 + 4 * k + np.array(directions) for k in range(4)]
-        + [np.arange(23, 30), np.arange(78, 29, -1)]
-    )
-    seen = planes(env, obs)
-    assert (seen[:, 2][seen[:, 3] == RESOURCE] == 0).all()
-    assert (seen[:, 2][seen[:, 3] == WORKER] > 0).all()
-    for _ in range(250):
-        view = planes(env, obs)
-        assert (view[0] == view[1, :, ::-1, ::-1]).all()
-        assert (env.action_masks[0] == env.action_masks[1, ::-1][:, turned]).all()
-        action = draw(env.action_masks[:1], rng)[0]
-        mirrored = [255 - action[0], action[1], *((action[2:6] + 2) % 4), action[6], 48 - action[7]]
-        obs, rewards, _, _, _ = env.step(np.array([action, mirrored]))
-        assert rewards[0] == rewards[1]
-
-
-def conquer(env, seat=0):
-    """Have a seat's worker kill all that the idle enemy has; all steps' results."""
-    results, step = [], env.step
-    env.step = lambda actions: results.append(step(actions)) or results[-1]
-    player = Commander(env, seat)
-    [(x, y)] = player.cells(1, WORKER)
-    while not player.over:
-        target = (player.cells(2, WORKER) + player.cells(2, BASE))[0]
-        x, y = player.go(x, y, *target)
-        player.give(x, y, ATTACK, dx=target[0] - x, dy=target[1] - y)
-    env.step = step
-    return results
-
-
-@pytest.mark.parametrize("winner", [0, 1])
-def test_a_selfplay_game_ends_for_both(winner):
-    env = make(3, selfplay=1)
-    _, rewards, terminated, truncated, info = conquer(env, winner)[-1]
-    assert rewards[winner] == 10 and rewards[1 - winner] == -10 and rewards[2] == 0
-    assert list(terminated) == [True, True, False] == list(env.over) and not truncated.any()
-    assert info["is_success"][winner] and info["is_success"].sum() == 1
-    with pytest.raises(ValueError, match="share"):
-        env.reset(options={"reset_mask": np.array([True, False, False])})
-    env.reset(options={"reset_mask": np.array([True, True, False])})
-    _, rewards, terminated, _, info = env.step(np.zeros((3, 8), dtype=int))
-    assert not rewards.any() and not terminated.any() and not info["is_success"].any()
-
-
-def test_a_selfplay_game_starts_again_in_the_next_step():
-    env = make(2, (), selfplay=1, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
-    first, _ = env.reset()
-    assert conquer(env)[-1][2].all()
-    ignored = np.array([[8 + 2, *order(PRODUCE, SOUTH, WORKER - 1)], np.zeros(8, dtype=int)])  # the first one's base
-    for actions in (ignored, np.zeros_like(ignored)):
-        obs, rewards, terminated, truncated, info = env.step(actions)
-        assert not rewards.any() and not info["raw_rewards"].any() and not (terminated | truncated).any()
-        assert (obs == first).all()
-
-
-def test_a_game_that_is_over_at_the_time_limit_is_not_truncated():
-    steps = len(conquer(make()))
-    _, _, terminated, truncated, _ = conquer(make(max_steps=steps))[-1]
-    assert terminated[0] and not truncated[0]
-    results = conquer(make(max_steps=steps - 1))
-    assert len(results) == steps - 1 and results[-1][3][0] and not results[-1][2][0]
-
-
-def test_bots_win_and_play_on():
-    env, rng = make(8, ("coacAI",), autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP), np.random.default_rng(13)
-    env.reset()
-    wins = 0
-    for _ in range(700):
-        _, rewards, terminated, _, info = env.step(draw(env.action_masks, rng))
-        assert (info["raw_rewards"][terminated, 0] == -1).all() and not info["is_success"].any()
-        wins += terminated.sum()
-    assert wins >= 8
-
-
-def test_partial_observability():
-    """Own units are seen as in the open game, at once; others within sight only."""
-    hidden, open_ = (make(2, ("passiveAI",), partial_obs=partial) for partial in (True, False))
-    rng = np.random.default_rng(10)
-    (obs, _), (whole, _) = hidden.reset(), open_.reset()
-    assert list(hidden.plane_sizes) == [5, 5, 3, 8, 6, 2] and obs.shape == (2, 6 * 64)
-    for _ in range(300):
-        view, true = planes(hidden, obs), planes(open_, whole)
-        visible = view[:, 5] == 1
-        assert (visible[true[:, 2] == 1]).all() and not visible.all()
-        assert (view[:, :5].transpose(0, 2, 3, 1)[visible] == true.transpose(0, 2, 3, 1)[visible]).all()
-        assert not view[:, :4].transpose(0, 2, 3, 1)[~visible].any()
-        actions = draw(hidden.action_masks, rng)
-        obs, whole = hidden.step(actions)[0], open_.step(actions)[0]
-
-
-# As a gymnasium environment.
-
-
-def test_every_map_of_the_package():
-    maps = ppo.microrts_maps()
-    files = list(ppo.microrts_folder().glob("maps/**/*.xml"))
-    assert len(maps) == len(files) > 100 and set(maps.values()) == set(map(str, files))
-    assert "MicroRTS-10x10-basesWorkers" in maps and "MicroRTS-16x16-basesWorkersA" in maps
-    for name, path in maps.items():
-        assert name in gym.registry
-        if name == "MicroRTS-4x4-meleeMixed2":  # the one whose format is older
-            with pytest.raises(ValueError, match="map"):
-                ppo.MicroRTSVectorEnv(1, name, ("passiveAI",))
-            continue
-        env = ppo.MicroRTSVectorEnv(1, name, ("passiveAI",))
-        root = xml.etree.ElementTree.parse(path).getroot()
-        assert (env.height, env.width) == (int(root.get("height")), int(root.get("width")))
-        obs, _ = env.reset()
-        assert obs in env.observation_space
-        assert (planes(env, obs)[0, 2] == 1).any() and env.action_masks.any()
-    assert ppo.MicroRTSVectorEnv(1, path, ("passiveAI",)).width == env.width
-
-
-def test_a_masked_random_agent_with_plain_gymnasium():
-    rng = np.random.default_rng(11)
-    envs = gym.make_vec(
-        "MicroRTS-8x8-basesWorkers", num_envs=4, opponents=("randomBiasedAI", "lightRushAI"), max_steps=80
-    )
-    obs, info = envs.reset(seed=1)
-    ends = 0
-    for _ in range(200):
-        assert obs.dtype == np.float32 and obs in envs.observation_space
-        actions = draw(info["action_mask"], rng)
-        assert actions in envs.action_space
-        obs, rewards, terminated, truncated, info = envs.step(actions)
-        ends += (terminated | truncated).sum()
-    assert ends >= 8
-    env = gym.make("MicroRTS-8x8-basesWorkers", opponents=("workerRushAI",), action_mode="gridnet", max_steps=30)
-    obs, info = env.reset(seed=1)
-    done, steps = False, 0
-    while not done:
-        assert obs in env.observation_space
-        action = draw(info["action_mask"][None], rng, all_cells=True)[0]
-        assert action in env.action_space
-        obs, reward, terminated, truncated, info = env.step(action)
-        done, steps = terminated or truncated, steps + 1
-    assert steps == 30 and truncated and isinstance(reward, float) and not info["is_success"]
-    envs.close(), env.close()
-
-
-def test_unmasked_actions_do_no_harm():
-    for mode in ("unit", "gridnet"):
-        env = make(6, ("coacAI", "workerRushAI"), selfplay=1, action_mode=mode, max_steps=100)
-        env.action_space.seed(12)
-        env.reset()
-        for _ in range(150):
-            _, _, terminated, truncated, _ = env.step(env.action_space.sample())
-            if (terminated | truncated).any():
-                env.reset(options={"reset_mask": terminated | truncated})
-
-
-def test_render():
-    env = make(2, ("workerRushAI",), render_mode="rgb_array")
-    env.reset()
-    first = env.render()
-    assert len(first) == 2 and first[0].shape == (640, 640, 3) and first[0].dtype == np.uint8
-    assert (first[0] == first[1]).all() and len(np.unique(first[0].reshape(-1, 3), axis=0)) > 5
-    for _ in range(30):
-        env.step(np.array([[9, *order(MOVE, SOUTH)], [0, *order(NONE)]]))
-    second = env.render()
-    assert (second[0] != second[1]).any() and (second[1] != first[1]).any()
-    single = gym.make("MicroRTS-8x8-basesWorkers", render_mode="rgb_array", opponents=("passiveAI",))
-    single.reset()
-    assert single.render().shape == (640, 640, 3)
+def train(*argv):
+    ppo.main(ppo.parse_args(list(argv)))
 
 
 @pytest.mark.parametrize(
-    "kwargs",
+    "loss, kwargs",
     [
-        {"map": "MicroRTS-8x8-nowhere"},
-        {"opponents": ("deepBlue",)},
-        {"opponents": ()},
-        {"selfplay": 2},
-        {"selfplay": -1},
-        {"max_steps": 0},
-        {"reward_weights": (1, 2)},
-        {"action_mode": "joystick"},
-        {"opponents": ("coacAI",), "partial_obs": True},
-        {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP},
+        ("separate", {}),
+        ("mix-loss", {"action_mode": "gridnet", "partial_obs": True}),
+        ("mix-ratio", {"selfplay": 1, "map": ["MicroRTS-8x8-basesWorkers", "MicroRTS-8x8-FourBasesWorkers"]}),
     ],
 )
-def test_what_cannot_be(kwargs):
-    with pytest.raises(ValueError, match=f"^{'partial_obs' if 'partial_obs' in kwargs else [*kwargs][0]} "):
-        ppo.MicroRTSVectorEnv(**{"num_envs": 2, **kwargs})
-
-
-@pytest.mark.parametrize(
-    "actions",
-    [
-        np.zeros((2, 7), dtype=int),
-        np.zeros((3, 8), dtype=int),
-        np.zeros((2, 8)),
-        np.full((2, 8), -1),
-        np.eye(2, 8, dtype=int) * 64,  # the cell after the last one
-        np.eye(2, 8, 1, dtype=int) * 6,
-        np.eye(2, 8, 6, dtype=int) * 49,
-        np.full((2, 8), 2**40),
-    ],
-)
-def test_impossible_actions_do_not_reach_java(actions):
-    env = make(2)
-    obs, _ = env.reset()
-    with pytest.raises(ValueError, match="actions"):
-        env.step(actions)
-    assert list(env.t) == [0, 0]
-    env.step(np.zeros((2, 8), dtype=np.int64))
-
-
-def test_impossible_resets():
-    env = make(4, selfplay=1)
-    with pytest.raises(ValueError, match="reset"):
-        env.step(np.zeros((4, 8), dtype=int))
-    for mask in (np.ones(3, dtype=bool), np.ones(4), np.array([True, False, True, True])):
-        with pytest.raises(ValueError, match="reset_mask"):
-            env.reset(options={"reset_mask": mask})
-
-
-def test_importing_starts_nothing():
-    code = f"import sys, gymnasium, {ppo.__name__} as ppo\n"
-    code += "print(sum(name.startswith('MicroRTS-') for name in gymnasium.registry), 'jpype' in sys.modules"
-    code += ", 'gym_microrts' in sys.modules)"
-    assert child(code) == f"{len(ppo.microrts_maps())} False False"
-
-
-@pytest.mark.parametrize("missing, hint", [("gym_microrts", "--no-deps gym-microrts==0.4.3"), ("jpype", "jpype1==")])
-def test_a_missing_package_is_named(missing, hint, monkeypatch, capsys, tmp_path):
-    find_spec = ppo.importlib.util.find_spec
-    monkeypatch.setattr(ppo.importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
-    monkeypatch.setattr(ppo, "start_jvm", ppo.start_jvm.__wrapped__)  # else Java has started already
-    assert ppo.microrts_maps() == {} or missing != "gym_microrts"
-    with pytest.raises(SystemExit) as stopped:
-        ppo.main(ppo.parse_args(["--env-id", "MicroRTS-8x8-basesWorkers", "--runs-dir", str(tmp_path / "runs")]))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and line.startswith("error: --env-id MicroRTS-8x8-basesWorkers: ")
-    assert f"pip install {hint}" in line and not (tmp_path / "runs").exists()
-
-
-def test_the_win_rate_is_that_of_the_last_100_games_against_bots():
-    settings = {"opponent": ("passiveAI",), "selfplay": 1, "num_envs": 4, "max_steps": 2}
-    envs = ppo.MicroRTSEnvs(ppo.Args(env_id="MicroRTS-8x8-basesWorkers", **settings))
-    envs.reset(range(4))
-    for games in range(2, 102, 2):
-        assert ppo.win_rate(envs) == {}
-        envs.step(np.zeros((4, 8), dtype=np.int64))
-        *_, truncated = envs.step(np.zeros((4, 8), dtype=np.int64))
-        assert truncated.all() and len(envs.wins) == games  # of two seats; the others play each other
-        envs.reset(range(4))
-    assert ppo.win_rate(envs) == {"win_rate": 0.0}
-
-
-def test_games_of_an_evaluation_differ(tmp_path, capsys):
-    """workerRushAI follows from the actions: greedy ones would play one game again and again."""
-    args = ppo.Args(env_id="MicroRTS-8x8-basesWorkers", opponent=("workerRushAI",), eval_episodes=3, max_steps=60)
-    torch.manual_seed(0)
-    agent = ppo.Agent(ppo.make_env(args), args)
-    returns = ppo.evaluate(agent, args, tmp_path, lambda: False)["eval_returns"]
-    assert len(set(returns)) > 1
-
-
-@pytest.mark.parametrize(
-    "flags", ["--loss separate", "--loss mix-loss --action-mode gridnet --partial-obs", "--selfplay 1"]
-)
-def test_a_whole_run_and_its_resumption(flags, tmp_path, capfd):
-    """Games of 40 steps. The games themselves start again when a run is resumed, and the output says so."""
-    sizes = "--num-envs 3 --num-steps 64 --num-minibatches 2 --update-epochs 2 --eval-episodes 1 --max-steps 40"
-    game = "--env-id MicroRTS-8x8-basesWorkers --opponent workerRushAI passiveAI --no-compile --device cpu"
-    argv = [*sizes.split(), *game.split(), *flags.split(), "--runs-dir", str(tmp_path), "--checkpoint-every", "2"]
-    ppo.main(ppo.parse_args([*argv, "--total-timesteps", "768"]))
-    (folder,) = tmp_path.iterdir()
-    result = json.loads((folder / "result.json").read_text())
-    assert result["global_step"] == 768 and len(result["eval_returns"]) == 1
-    assert "win_rate" not in result  # of 100 games, which have not been
-    lengths = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1)[:, 2]
+def test_a_run_that_stops_within_games_goes_on_as_if_it_had_not(loss, kwargs, tmp_path, capfd):
+    """Its bots draw nothing, so games are repeated from their actions: models and episodes are equal to the bit."""
+    whole, stopped = (flags(tmp_path / name, f"--loss {loss} --eval-episodes 0", **kwargs) for name in "ab")
+    train(*whole, "--total-timesteps", "768")
+    train(*stopped, "--total-timesteps", "384")
+    train("--resume", str(only(tmp_path / "b")), "--env-id", ENV_ID, "--total-timesteps", "768")
+    assert "start again" not in capfd.readouterr().err
+    assert_same_outcome(only(tmp_path / "b"), only(tmp_path / "a"))
+    lengths = np.loadtxt(only(tmp_path / "a") / "episodes.csv", delimiter=",", skiprows=1)[:, 2]
     assert len(lengths) == 3 * (256 // 40) and (lengths == 40).all()  # nobody wins within 40 steps
-    (folder / "result.json").unlink()
-    capfd.readouterr()
-    ppo.main(ppo.parse_args(["--resume", str(folder)]))
-    assert "notice: the state of these environments cannot be captured" in capfd.readouterr().out
-    assert json.loads((folder / "result.json").read_text())["eval_returns"] == result["eval_returns"]
+
+
+def test_games_against_a_bot_that_draws_start_again_with_a_notice(tmp_path, capfd):
+    train(*flags(tmp_path, "--eval-episodes 0", opponents=["randomBiasedAI"]), "--total-timesteps", "192")
+    train("--resume", str(only(tmp_path)), "--env-id", ENV_ID, "--total-timesteps", "384")
+    assert "notice: the episodes of environments [0, 1, 2] start again" in capfd.readouterr().err
+
+
+def test_the_win_rate_is_that_of_the_games_against_bots():
+    kwargs = {"opponents": ["passiveAI"], "selfplay": 1, "max_steps": 2}
+    envs = ppo.Envs(ppo.Args(env_id=ENV_ID, env_kwargs=json.dumps(kwargs)), range(4))
+    for _ in range(2):
+        envs.step(np.zeros((4, 8), dtype=np.int64))
+    assert ["is_success" in info for *_, info in envs.finished] == [False, False, True, True]
+    envs.finished[-1][-1]["is_success"] = np.True_
+    assert ppo.episode_means(envs.finished)["is_success"] == 0.5
+
+
+def test_observations_stay_small_and_masks_follow_the_games():
+    args = ppo.Args(env_id=ENV_ID, env_kwargs='{"opponents": ["passiveAI"]}')
+    single, batch = ppo.Envs(args, [-1], evaluation=True), ppo.Envs(args, range(3))
+    for envs in (single, batch):
+        agent = ppo.make_agent(envs, args)
+        for _ in range(20):
+            assert envs.obs.dtype == np.uint8 and envs.masks.dtype == bool and envs.masks.shape[1] == 64 * 79
+            owner, busy = envs.obs[:, 2].reshape(-1, 64), envs.obs[:, 4].reshape(-1, 64)
+            idle = envs.masks.reshape(-1, 64, 79)[:, :, 0]
+            assert (idle == ((owner == 1) & (busy == 0) & (envs.obs[:, 3].reshape(-1, 64) != 1))).all()
+            envs.step(ppo.act(envs, agent, agent.noise(len(envs.obs))))
+
+
+def test_drawn_games_of_an_evaluation_differ(tmp_path):
+    """workerRushAI follows from the actions: greedy ones play one game again and again."""
+    args = ppo.Args(env_id=ENV_ID, env_kwargs='{"opponents": ["workerRushAI"], "max_steps": 60}', eval_episodes=3)
+    torch.manual_seed(0)
+    agent = ppo.make_agent(ppo.Envs(args, [-1], evaluation=True), args)
+    returns = [[episode[1] for episode in ppo.evaluate(agent, args, tmp_path)]]
+    args.eval_sample = True
+    returns.append([episode[1] for episode in ppo.evaluate(agent, args, tmp_path)])
+    assert [len(set(each)) > 1 for each in returns] == [False, True]
+
+
+@pytest.mark.parametrize("missing", ["gym_microrts", "jpype"])
+def test_a_missing_package_is_one_line(missing, monkeypatch, capsys, tmp_path):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
+    monkeypatch.delitem(sys.modules, "environments.microrts")
+    with pytest.raises(SystemExit) as stopped:
+        train(*flags(tmp_path / "runs"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith(f"error: --env-id {ENV_ID} ")
+    assert missing in line and "pip install --no-deps gym-microrts==0.4.3" in line and not (tmp_path / "runs").exists()
 
 
 def test_the_tournament_plays_what_it_has_not_played(tmp_path):
     """A match is a real evaluation of a real run, its row is there when it ends, and a second call plays the rest."""
-    sizes = "--num-envs 2 --num-steps 16 --num-minibatches 1 --update-epochs 1 --eval-episodes 1 --max-steps 30"
-    game = "--env-id MicroRTS-8x8-basesWorkers --opponent passiveAI --no-compile --device cpu"
-    flags = [*sizes.split(), *game.split(), "--total-timesteps", "32", "--exp-name", "joint-0.2"]
-    ppo.main(ppo.parse_args([*flags, "--runs-dir", str(tmp_path / "runs/a-run")]))
-    script = Path(ppo.__file__).parent / "benchmarks/microrts_tournament.py"
+    more = "--total-timesteps 192 --exp-name joint-0.2 --eval-episodes 1"
+    train(*flags(tmp_path / "runs/a-run", more, opponents=["passiveAI"], max_steps=30))
     results = tmp_path / "results.csv"
 
     def play(*bots):
-        command = [sys.executable, str(script), "--runs", str(tmp_path / "runs"), "--results", str(results)]
-        done = subprocess.run([*command, "--games", "2", "--opponents", *bots], capture_output=True, text=True)
+        command = [sys.executable, str(ROOT / "benchmarks/microrts_tournament.py"), "--runs", str(tmp_path / "runs")]
+        command += ["--results", str(results), "--games", "2", "--opponents", *bots]
+        done = subprocess.run(command, capture_output=True, text=True)
         return done.returncode, results.read_text().splitlines() if results.exists() else [], done.stderr
 
-    row = "joint-0.2,MicroRTS-8x8-basesWorkers,1,{},2,0.000"  # in 30 steps nobody wins
+    row = f"joint-0.2,{ENV_ID.split(':')[-1]},1,{{}},2,0.000"  # in 30 steps nobody wins
     header = "setting,env_id,seed,opponent,games,win_rate"
     assert play("passiveAI")[:2] == (0, [header, row.format("passiveAI")])
     results.write_text(results.read_text().replace("0.000", "0.500"))  # it would be 0 again if it were played again
