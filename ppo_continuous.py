@@ -134,7 +134,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         return args
     config = (Path(path).parent if path.endswith(".pt") else Path(path)) / "config.json"
     try:
-        saved = json.loads(config.read_text())["args"]
+        saved = dict(json.loads(config.read_text())["args"])
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         for name, kind in get_type_hints(Args).items():
             typeguard.check_type(saved[name], kind)
@@ -917,6 +917,9 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
     options = {"unit": " steps", "unit_scale": batch_size, "mininterval": 0.2 if sys.stderr.isatty() else 10}
     start = progress["iteration"]
     bar = tqdm(range(start + 1, iterations + 1), total=iterations, initial=start, **options)
+    newest = max((float(path.name.split(".")[3]) for path in run_dir.glob("events.out.*")), default=0.0)
+    if time.time() - newest < 1:  # TensorBoard reads these files in the order of their names, which have whole seconds
+        time.sleep(1)
     writer = SummaryWriter(str(run_dir), purge_step=envs.global_step + 1)  # hides what a killed process logged after it
     with bar, writer:
         settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in asdict(args).items()}

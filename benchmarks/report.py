@@ -625,11 +625,21 @@ def vmpo(rows: list[dict], curves: list[dict], figures: Path) -> str:
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
+def vmpo_paper(rows: list[dict], curves: list[dict], figures: Path) -> str:
+    lines = ["| the paper's settings | steps | score | greedy return | seeds |", "|---|---|---|---|---|"]
+    for env_id in ordered(r["env_id"] for r in rows):
+        steps = next(int(r["steps"]) for r in rows if r["env_id"] == env_id)
+        cells = [cell(rows, "vmpo", env_id, column) for column in ("score", "eval_return")]
+        lines.append(f"| {env_id} | {steps / 1e6:.1f}M | {' | '.join(cells)} | {len(values_of(rows, 'vmpo', env_id))} |")
+    curves_figure(curves, rows, {"vmpo": BLUE}, figures / "vmpo_paper.png")
+    return "\n".join([*lines, "", "![the paper's settings](benchmarks/figures/vmpo_paper.png)"])
+
+
 # ------------------------------------------------------------------------------------------------------------------
 
 SWEEPS = (
     *(ppo_continuous, ppo_table1, ppo_table1_none, ppo_table1_order),
-    *(hppo, joint_loss_mujoco, joint_loss_microrts, microrts_demo, vmpo),
+    *(hppo, joint_loss_mujoco, joint_loss_microrts, microrts_demo, vmpo, vmpo_paper),
 )
 REPORTS = {report.__name__: report for report in SWEEPS}
 

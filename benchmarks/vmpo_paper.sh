@@ -16,4 +16,4 @@ value="--popart --vf-coef 1 --no-norm-adv"
 for seed in 1 2 3; do
     run="--env-id HalfCheetah-v4 --seed $seed --total-timesteps 5000000 --device cpu"
     echo "python vmpo.py $run $network $batch $bounds $adam $value"
-done | nice -n 19 python benchmarks/runner.py --name vmpo_paper "$@"
+done | nice -n 19 python benchmarks/runner.py --name vmpo_paper --report "$@"

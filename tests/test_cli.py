@@ -541,7 +541,7 @@ def test_tensorboard_shows_the_settings_as_hparams(v4_run):
     shown = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info.hparams
     config = json.loads((v4_run[2] / "config.json").read_text())
     shown = {name: getattr(value, value.WhichOneof("kind")) for name, value in shown.items()}
-    assert shown == {name: "" if value is None else value for name, value in config["args"].items()}
+    assert shown == {name: "None" if value is None else value for name, value in config["args"].items()}
 
 
 def test_without_a_compiler_a_notice_and_the_run_goes_on(tmp_path):
