@@ -97,13 +97,13 @@ class Args:
     ent_coef: float = 0.0  # c_e, weight of the entropy
     vf_coef: float = 0.5  # c_v, weight of the value loss
     max_grad_norm: float = 0.5  # largest Euclidean norm of a minibatch's gradient
-    loss: Literal["separate", "joint"] = "separate"  # clip the ratios of choice and parameters apart, or their product
+    loss: Literal["separate", "joint"] = "separate"  # clip r_d and r_c apart, or their product
     parameters: Literal["chosen", "all"] = "chosen"  # which of x count: those that the choice uses, or all
     target_kl: float | None = None  # end the passes over a batch once approx_kl exceeds this, in nats
     # Network and scales
     encoder_sizes: tuple[int, ...] = (256, 256)  # widths of the tanh layers before the heads
     shared_encoder: bool = True  # one encoder for choices, parameters and value, or one for each
-    std_type: Literal["independent", "fixed", "state"] = "independent"  # sigma: parameters, constants, or a head
+    std_type: Literal["independent", "fixed", "state"] = "independent"  # sigma: trained, constant, or a head
     log_std_init: float = 0.0  # log sigma at the start
     norm_obs: bool = True  # give observations mean 0 and variance 1, clip to [-10, 10]
     norm_reward: bool = True  # divide rewards by the std of the discounted return, clip to [-10, 10]
@@ -115,7 +115,7 @@ class Args:
     wandb_project: str = "compound-action-rl"  # the project there
     wandb_entity: str | None = None  # the user or team there
     # Above: fixed for the life of a run. Below: may change with --resume and --eval; total_timesteps comes first.
-    total_timesteps: int = 1_000_000  # environment steps in all; only whole batches are run
+    total_timesteps: int = 1_000_000  # decisions in all, each of one step but for --hold; only whole batches are run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks learn; auto: cuda when there is one
     compile: bool = True  # compile the update to one graph with torch.compile
     torch_threads: int = 1  # torch's threads on the CPU; small networks lose with more
@@ -184,9 +184,11 @@ def check(args: Args):
                 fail(f"--{name.replace('_', '-')} {value}: must be in [{low:g}, {high:g}]")
     if args.parameter_mask is not None:
         try:
-            if os.path.isfile(args.parameter_mask):
-                args.parameter_mask = Path(args.parameter_mask).read_text().strip()  # the run keeps it, not the name
-            json.loads(args.parameter_mask)
+            text = args.parameter_mask
+            if os.path.isfile(text):
+                text = Path(text).read_text().strip()
+            json.loads(text)
+            args.parameter_mask = text  # the run keeps the mask, not its file's name
         except (OSError, ValueError) as error:
             fail(f"--parameter-mask {args.parameter_mask}: neither a file nor JSON ({error})")
     batch_size = args.num_envs * args.num_steps
@@ -252,7 +254,8 @@ class HybridSpace(gym.spaces.Box):
         super().__init__(np.float32([0] * D + [-1] * P), np.float32([*(self.nvec - 1)] + [1] * P))
 
         mask = np.ones((C, P), dtype=bool) if parameter_mask is None else np.asarray(parameter_mask)
-        if parameter_mask is None and isinstance(space, gym.spaces.Tuple) and D == 1 and len(boxes) == C:
+        in_order = isinstance(space, gym.spaces.Tuple) and not any(isinstance(s, gym.spaces.Dict) for s in space.spaces)
+        if parameter_mask is None and in_order and D == 1 and len(boxes) == C:
             mask = np.repeat(np.arange(C), sizes) == np.arange(C)[:, None]
         if mask.shape != (C, P) or not np.isin(mask, (0, 1)).all():
             raise ValueError(f"the parameter mask has shape {mask.shape}; needed are 0s and 1s of shape [{C}, {P}]")
@@ -455,7 +458,7 @@ def make_vector_env(args: Args, num_envs: int, **env_options):
         try:
             vector_env = gym.make_vec(args.env_id, num_envs, autoreset_mode=disabled, **json.loads(args.env_kwargs))
             same_obs = vector_env.single_observation_space == env.observation_space
-            same_masks = ("action_mask" in vector_env.reset(seed=0)[1]) == ("action_mask" in env.reset(seed=0)[1])
+            same_masks = "action_mask" not in env.reset()[1] or "action_mask" in vector_env.reset()[1]
             same_actions = vector_env.single_action_space == env.action_space.space
             if same_obs and same_masks and same_actions and vector_env.metadata.get("autoreset_mode") == disabled:
                 hybrid = env.action_space
@@ -794,7 +797,7 @@ class Agent(nn.Module):
         return function(self, *args)
 
     def policy_and_value(self, obs: torch.Tensor, masks: torch.Tensor) -> tuple[Hybrid, torch.Tensor]:
-        """Both of the following, with one pass through a shared encoder."""
+        """policy(obs, masks) and value(obs); layers that they share run once."""
         inputs = self.normalize(obs)
         hidden = [encoder(inputs) for encoder in self.encoders]
         for_choices, for_parameters, for_value = hidden if len(hidden) == 3 else hidden * 3

@@ -28,7 +28,7 @@ r = prod_i r_i and L(x) = min(x A, clip(x, 1 - eps, 1 + eps) A), maximise E[J] -
 
 L_V is half the squared error of V against the GAE return, S the entropy. All else is as in "The 37 Implementation
 Details of PPO" (Huang et al. 2022) for continuous control; comments mark the exceptions. loss() is the whole objective,
-negated, and policy_loss() is J. MicroRTS is in environments/microrts.py and needs what that says.
+negated, and policy_loss() is -E[J]. MicroRTS is in environments/microrts.py and needs what that says.
 
     python ppo_multidiscrete_joint_loss.py --env-id HalfCheetah-v4 --loss mix-ratio    # then --resume or --eval
     python ppo_multidiscrete_joint_loss.py --env-id environments.microrts:MicroRTS-10x10-basesWorkers --eval-sample
@@ -365,7 +365,7 @@ def make_vector_env(args: Args, num_envs: int, **env_options):
         try:
             vector_env = gym.make_vec(args.env_id, num_envs, autoreset_mode=disabled, **json.loads(args.env_kwargs))
             same_obs = vector_env.single_observation_space == env.observation_space
-            same_masks = ("action_mask" in vector_env.reset(seed=0)[1]) == ("action_mask" in env.reset(seed=0)[1])
+            same_masks = "action_mask" not in env.reset()[1] or "action_mask" in vector_env.reset()[1]
             if same_obs and same_masks and vector_env.metadata.get("autoreset_mode") == disabled:
                 return vector_env
         except TypeError:  # it takes no autoreset_mode
@@ -750,7 +750,7 @@ def gumbel(*shape: int) -> torch.Tensor:
 class Agent(nn.Module):
     """A policy and a value V(s), and the statistics that scale what they see. Each kind of policy has a class below."""
 
-    acts_on_cpu = True  # while a GPU learns: for a few rows it takes longer
+    acts_on_cpu = True  # also where a GPU learns: for a few rows the GPU takes longer
     steps_at_once = 256  # of a rollout, that go through the networks
 
     def __init__(self, obs_shape: tuple, args: Args):
@@ -771,7 +771,7 @@ class Agent(nn.Module):
         return self.critic(self.normalize(obs)).squeeze(-1)
 
     def policy_and_value(self, obs: torch.Tensor, masks: torch.Tensor):
-        """Both of the above, at the price of one where they share layers."""
+        """policy(obs, masks) and value(obs); layers that they share run once."""
         return self.policy(obs, masks), self.value(obs)
 
     def forward(self, function, *args):
@@ -985,7 +985,9 @@ def make_batch(rows: dict, agent: Agent, device: torch.device, args: Args) -> di
     advantages = gae(rewards.astype(np.float32), V, next_V, terminated, done, args.gamma, args.gae_lambda)
     advantages = torch.from_numpy(advantages).to(device)
     batch = {
-        **dict(zip(("obs", "masks", "actions"), inputs)),
+        "obs": inputs[0],
+        "masks": inputs[1],
+        "actions": inputs[2],
         "logprobs": logprobs,
         "advantages": advantages,
         "returns": advantages + values,
@@ -1008,23 +1010,34 @@ def surrogate(ratio: torch.Tensor, advantages: torch.Tensor, args: Args) -> torc
 
 
 def policy_loss(logratios: torch.Tensor, applies: torch.Tensor, advantages: torch.Tensor, args: Args):
-    """-E[J] for log r_i and 1 where the sub-action applies, else 0, [B, D], and A [B] (Eqs. 12 to 15). Also, of the
-    samples and of the sub-actions that count, the fractions whose gradient survives the clip."""
+    """-E[J] (Eqs. 12 to 15) from log r_i and whether the sub-action applies, 1 or 0, [M, D], and A [M]. Also, of the
+    samples and of the sub-actions that apply, the fractions whose gradient survives the clip."""
     counts = torch.ones_like(applies) if args.count_inapplicable else applies
     logratios = logratios * counts
-    joint, ratios, A = logratios.sum(-1, keepdim=True).exp(), logratios.exp(), advantages.unsqueeze(-1)
+    ratios, A = logratios.exp(), advantages.unsqueeze(-1)
+    weights = counts / counts.sum(-1, keepdim=True).clamp(min=1) if args.sub_action_reduction == "mean" else counts
+    objective, alive = 0.0, torch.zeros_like(applies, dtype=torch.bool)
+    if args.loss != "separate":
+        joint = logratios.sum(-1, keepdim=True).exp()
     if args.loss == "mix-ratio":
         ratios = args.mix_weight * joint + (1 - args.mix_weight) * ratios
-    weights = counts / counts.sum(-1, keepdim=True).clamp(min=1) if args.sub_action_reduction == "mean" else counts
-    of_joint, of_each = surrogate(joint, A, args), surrogate(ratios, A, args)
-    w = {"joint": 1.0, "mix-loss": args.mix_weight}.get(args.loss, 0.0)
-    objective = w * of_joint.mean() + (1 - w) * (of_each * weights).sum(-1).mean()
+    if args.loss in ("joint", "mix-loss"):
+        w = 1.0 if args.loss == "joint" else args.mix_weight
+        of_joint = surrogate(joint, A, args)
+        objective = w * of_joint.mean()
+        alive = alive | ((of_joint == joint * A) & (w > 0))
+    if args.loss != "joint":
+        w = 1 - args.mix_weight if args.loss == "mix-loss" else 1.0
+        of_each = surrogate(ratios, A, args)
+        objective = objective + w * (of_each * weights).sum(-1).mean()
+        alive = alive | ((of_each == ratios * A) & (w > 0))
 
-    alive = counts * ((w > 0) & (of_joint == joint * A) | (w < 1) & (of_each == ratios * A))
+    alive = counts * alive
     if args.loss == "mix-ratio" and args.mix_weight > 0:  # the joint ratio in one mixed ratio reaches all sub-actions
         alive = counts * alive.amax(-1, keepdim=True)
-    samples = alive.amax(-1).sum() / counts.amax(-1).sum().clamp(min=1)
-    return -objective, (samples, alive.sum() / counts.sum().clamp(min=1))
+    alive = alive * applies
+    samples = alive.amax(-1).sum() / applies.amax(-1).sum().clamp(min=1)
+    return -objective, (samples, alive.sum() / applies.sum().clamp(min=1))
 
 
 def loss(agent: Agent, batch: dict, args: Args):
@@ -1047,7 +1060,7 @@ def loss(agent: Agent, batch: dict, args: Args):
         v_error = torch.maximum(v_error, (clipped - batch["returns"]) ** 2)
     v_loss = 0.5 * v_error.mean()
 
-    entropy = (pi.entropy(batch["actions"]) * applies).sum(-1).mean()
+    entropy = (pi.entropy(batch["actions"]) * applies).sum(-1).mean()  # of those that apply, whatever else counts
     metrics = {
         "policy_loss": pg_loss,
         "value_loss": v_loss,
@@ -1284,9 +1297,11 @@ def evaluate(agent: Agent, args: Args, run_dir: Path) -> list:
     """Episodes, as in Envs.finished; the statistics stand still. Films, if any, go to the run's folder."""
     video_dir = run_dir / "videos" / str(int(time.time())) if args.capture_video else None
     envs = Envs(args, [-1], evaluation=True, video_dir=video_dir)
+    rng = torch.get_rng_state()
     for number in tqdm(range(args.eval_episodes), "evaluation", leave=False, disable=None):  # None: on a terminal only
         while len(envs.finished) == number:
             envs.step(act(envs, agent, agent.noise(1) if args.eval_sample else None))
+    torch.set_rng_state(rng)  # the training draws what it would have drawn without the evaluation
     envs.vector_env.envs[0].close()
     if any(length == args.eval_max_steps for _, _, length, _ in envs.finished):
         notice(f"the evaluation has cut episodes after --eval-max-steps {args.eval_max_steps}")
@@ -1322,7 +1337,7 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
     if args.track and args.resume is not None:
         start_tracking(args, run_dir)
 
-    cpu_agent = copy.deepcopy(agent).cpu() if agent.acts_on_cpu and device.type == "cuda" else agent
+    cpu_agent = agent if device.type == "cpu" or not agent.acts_on_cpu else copy.deepcopy(agent).cpu()
     run_steps = None
     compile_seconds = 0.0
     saved_at = time.monotonic()

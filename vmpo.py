@@ -355,7 +355,7 @@ def make_vector_env(args: Args, num_envs: int, **env_options):
         try:
             vector_env = gym.make_vec(args.env_id, num_envs, autoreset_mode=disabled, **json.loads(args.env_kwargs))
             same_obs = vector_env.single_observation_space == env.observation_space
-            same_masks = ("action_mask" in vector_env.reset(seed=0)[1]) == ("action_mask" in env.reset(seed=0)[1])
+            same_masks = "action_mask" not in env.reset()[1] or "action_mask" in vector_env.reset()[1]
             if same_obs and same_masks and vector_env.metadata.get("autoreset_mode") == disabled:
                 return vector_env
         except TypeError:  # it takes no autoreset_mode
@@ -711,10 +711,13 @@ class CategoricalAgent(Agent):
     def policy(self, obs: torch.Tensor, masks: torch.Tensor) -> Categorical:
         """The distribution of choices [..., A] for raw obs [..., O], among those that masks, bool [..., C], allow."""
         logits = self.actor_mean(self.actor(self.torso(self.normalize(obs)))).masked_fill(~masks, -1e8)
-        padded = []
-        for part in logits.split(self.nvec, -1):
-            padded.append(nn.functional.pad(part, (0, max(self.nvec) - part.shape[-1]), value=-1e8))
-        return Categorical(torch.stack(padded, -2).log_softmax(-1))
+        n = max(self.nvec)
+        if min(self.nvec) < n:  # those with fewer choices are padded with impossible ones
+            parts = [
+                nn.functional.pad(part, (0, n - part.shape[-1]), value=-1e8) for part in logits.split(self.nvec, -1)
+            ]
+            logits = torch.cat(parts, -1)
+        return Categorical(logits.unflatten(-1, (-1, n)).log_softmax(-1))
 
     def noise(self, *shape: int) -> torch.Tensor:
         """What the policy's sample() takes: Gumbel noise [*shape, A, n], whose argmax draws from a softmax."""

@@ -15,8 +15,9 @@
 # ///
 """V-MPO with memory (Song et al. 2019, arXiv:1909.12238): vmpo.py with an LSTM ahead of policy and value.
 
-The LSTM sees the observation, the last action and the last reward. A rollout stores its state with each row; the update
-runs it over [N, T] from the first row's state, so its gradient goes back T steps, and minibatches are of environments.
+The LSTM sees the observation, the last action and the last reward. A rollout stores the LSTM's state with each row. The
+update starts from the first row's state and runs the LSTM over the T steps, so the gradient goes back at most T steps.
+A minibatch is some of the environments.
 
 For states s, actions a and advantages A gathered with the policy pi_old of the target network, minimise over theta
 
@@ -108,7 +109,7 @@ class Args:
     max_grad_norm: float = 0.5  # largest Euclidean norm of a minibatch's gradient, without eta and the alphas
     target_kl: float | None = None  # end the passes over a batch once approx_kl exceeds this, in nats
     # Network and scales
-    network: Literal["separate", "shared"] = "separate"  # two of 2 x 64, or the paper's 512-256, heads of 256
+    network: Literal["separate", "shared"] = "separate"  # 64, LSTM, heads of 2 x 64, or 512-256, LSTM, heads of 256
     std_type: Literal["independent", "fixed", "state"] = "independent"  # sigma: parameters, constants, or a head
     log_std_init: float = 0.0  # log sigma at the start
     norm_obs: bool = True  # give observations mean 0 and variance 1, clip to [-10, 10]
@@ -359,7 +360,7 @@ def make_vector_env(args: Args, num_envs: int, **env_options):
         try:
             vector_env = gym.make_vec(args.env_id, num_envs, autoreset_mode=disabled, **json.loads(args.env_kwargs))
             same_obs = vector_env.single_observation_space == env.observation_space
-            same_masks = ("action_mask" in vector_env.reset(seed=0)[1]) == ("action_mask" in env.reset(seed=0)[1])
+            same_masks = "action_mask" not in env.reset()[1] or "action_mask" in vector_env.reset()[1]
             if same_obs and same_masks and vector_env.metadata.get("autoreset_mode") == disabled:
                 return vector_env
         except TypeError:  # it takes no autoreset_mode
@@ -731,10 +732,13 @@ class CategoricalAgent(Agent):
     def policy(self, output: torch.Tensor, masks: torch.Tensor) -> Categorical:
         """The distribution of choices [..., A] for the core's output [..., H], among those that masks allow."""
         logits = self.actor_mean(self.actor(output)).masked_fill(~masks, -1e8)
-        padded = []
-        for part in logits.split(self.nvec, -1):
-            padded.append(nn.functional.pad(part, (0, max(self.nvec) - part.shape[-1]), value=-1e8))
-        return Categorical(torch.stack(padded, -2).log_softmax(-1))
+        n = max(self.nvec)
+        if min(self.nvec) < n:  # those with fewer choices are padded with impossible ones
+            parts = [
+                nn.functional.pad(part, (0, n - part.shape[-1]), value=-1e8) for part in logits.split(self.nvec, -1)
+            ]
+            logits = torch.cat(parts, -1)
+        return Categorical(logits.unflatten(-1, (-1, n)).log_softmax(-1))
 
     def noise(self, *shape: int) -> torch.Tensor:
         """What the policy's sample() takes: Gumbel noise [*shape, A, n], whose argmax draws from a softmax."""
@@ -749,14 +753,15 @@ def make_agent(envs: Envs, args: Args) -> Agent:
 
 
 def act(envs: Envs, agent: Agent, state: torch.Tensor, last: torch.Tensor, noise: torch.Tensor | None = None):
-    """One step of all environments, drawn by the noise or else the likeliest: its row, the core's new state [N, 2 H],
-    and the last actions and rewards [N, A + 1]."""
+    """One step of all environments, with actions sampled by the noise, or their mode where there is none: its row, the
+    core's new state [N, 2 H], and the last actions and rewards [N, A + 1]."""
     running = torch.from_numpy(envs.lengths > 0)[:, None]  # a new episode begins without memory
     state, obs = state * running, torch.cat([torch.from_numpy(envs.obs), last * running], -1)
     output, next_state = agent.remember(obs, state)
     pi = agent.policy(output, torch.from_numpy(envs.masks))
     actions = (pi.mode if noise is None else pi.sample(noise)).numpy()
-    row = {"obs": obs.numpy(), "masks": envs.masks, "actions": actions, "states": state.numpy()} | envs.step(actions)
+    row = {"obs": obs.numpy(), "masks": envs.masks, "actions": actions, "states": state.numpy()}
+    row |= envs.step(actions)
     taken = to_env(actions, envs.action_space, envs.args)
     taken = np.array([gym.spaces.flatten(envs.action_space, action) for action in taken])
     last = np.column_stack([taken, row["rewards"]]).astype(np.float32)
@@ -766,8 +771,8 @@ def act(envs: Envs, agent: Agent, state: torch.Tensor, last: torch.Tensor, noise
 
 @torch.inference_mode()
 def rollout(envs: Envs, agent: Agent, state: torch.Tensor, last: torch.Tensor, args: Args):
-    """T steps of N environments, acting on the CPU: rows [T, N, ...], each one real transition, and what act() goes on
-    with. Actions are stored as drawn; only the environment sees them clipped. FloatingPointError
+    """T steps of N environments, acting on the CPU: rows [T, N, ...], each one real transition, and the state and last
+    that act() needs next. Actions are stored as drawn; only the environment sees them clipped. FloatingPointError
     names the earliest nan or inf."""
     first_step = envs.global_step + args.num_envs
     steps, rows = [], {}
@@ -840,7 +845,7 @@ def make_batch(rows: dict, agent: Agent, target: Agent, device: torch.device, ar
     pi_old = target.policy(target.remember(obs, states)[0], masks)
     batch = {
         "obs": obs,
-        "states": states,
+        "states": states,  # of which the update reads the first row's
         "done": rows["done"].to(device),
         "masks": masks,
         "actions": actions,
@@ -1246,7 +1251,8 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
             if args.anneal_lr:
                 learning_rate.fill_(args.learning_rate * (1 - (iteration - 1) / iterations))
             behaviour.load_state_dict(target.state_dict())
-            rows, *progress["memory"] = rollout(envs, behaviour, *progress["memory"], args)
+            rows, state, last = rollout(envs, behaviour, *progress["memory"], args)
+            progress["memory"] = [state, last]
             no_statistics = agent.obs_rms.count == 0
             if no_statistics:  # else the first update would learn on inputs of another scale
                 agent.obs_rms.update(rows["obs"])

@@ -32,7 +32,8 @@ class EnvPoolVectorEnv(gym.vector.VectorEnv):
 
     step returns observations as EnvPool gives them, float64 rewards [N], and those of EnvPool's infos that are arrays
     [N, ...]. num_threads 0 is one a core, at most N. Raises ValueError for an id with several players, a render_mode,
-    any autoreset, a wrong action, and a step of an environment that waits for its reset.
+    any autoreset, actions of another shape, a Discrete action out of range, and a step of an environment that waits for
+    its reset.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class EnvPoolVectorEnv(gym.vector.VectorEnv):
     ):
         if render_mode is not None:
             raise ValueError(f"render_mode: must be None, not {render_mode}, as these environments have no pictures")
+        autoreset_mode = gym.vector.AutoresetMode(autoreset_mode)  # its name does too
         if autoreset_mode != gym.vector.AutoresetMode.DISABLED:
             raise ValueError(f"autoreset_mode: must be DISABLED, not {autoreset_mode}")
         spec = envpool.make_spec(task, **options)

@@ -51,9 +51,12 @@ class HybridVectorEnv(gym.vector.VectorEnv):
         autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP,
         **kwargs,
     ):
+        autoreset_mode = gym.vector.AutoresetMode(autoreset_mode)  # its name does too
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": 20, "autoreset_mode": autoreset_mode}
         if autoreset_mode == gym.vector.AutoresetMode.SAME_STEP:
             raise ValueError("autoreset_mode: must be NEXT_STEP or DISABLED")
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode {render_mode}: must be None or rgb_array")
         self.num_envs, self.render_mode = num_envs, render_mode
         self.parameter_mask = self.make_parameter_mask(**kwargs)  # bool [K, P]
         K, P = self.parameter_mask.shape

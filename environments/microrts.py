@@ -168,6 +168,7 @@ class MicroRTSVectorEnv(gym.vector.VectorEnv):
             raise ValueError(f"reward_weights {reward_weights}: must be {len(REWARDS)} numbers, for {REWARDS}")
         if action_mode not in ("unit", "gridnet"):
             raise ValueError(f'action_mode {action_mode}: must be "unit" or "gridnet"')
+        autoreset_mode = AutoresetMode(autoreset_mode)  # its name does too
         if autoreset_mode == AutoresetMode.SAME_STEP:
             raise ValueError(f"autoreset_mode {autoreset_mode}: must be NEXT_STEP or DISABLED")
         if start_java() != os.getpid():

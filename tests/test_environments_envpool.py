@@ -131,3 +131,13 @@ def test_without_envpool_one_line_says_what_to_install():
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stderr.splitlines()[-1].startswith("ImportError: EnvPool is needed")
     assert "pip install envpool==" in result.stderr and "During handling" not in result.stderr
+
+
+def test_a_script_s_seed_reaches_the_environments():
+    import vmpo
+
+    first = []
+    for seed in (1, 1, 2):
+        args = vmpo.Args(env_id="environments.envpool:EnvPool-CartPole-v1", num_envs=4, seed=seed)
+        first.append(vmpo.Envs(args, range(4)).obs)
+    assert np.array_equal(first[0], first[1]) and not np.isin(first[2], first[0]).any()
