@@ -1,6 +1,7 @@
 """benchmarks/runner.py with real trainings: stopped, killed and started again, twice at once, and on a Ray cluster."""
 
 import csv
+import importlib
 import os
 import re
 import shlex
@@ -370,3 +371,17 @@ def test_resources_that_no_node_has_are_pointed_out(two_nodes, tmp_path):
     wait_for(runner, lambda: "starting" in runner.stderr.readline())  # the bar: from here on signals are its own
     runner.send_signal(signal.SIGINT)
     assert finish(runner)[0] == 130
+
+
+@pytest.mark.parametrize("sweep", sorted(path.name for path in RUNNER.parent.glob("*.sh") if path.name != "speed.sh"))
+def test_the_scripts_take_the_flags_of_every_sweep(sweep):
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", RUNNER.parent / sweep, "--dry-run", "--fresh"], capture_output=True, text=True, env=env, timeout=LIMIT
+    )
+    commands = [shlex.split(line.partition("python ")[2]) for line in done.stdout.splitlines() if "python " in line]
+    assert done.returncode == 0 and commands, done.stderr
+    kinds = {(script, *(flag for flag in flags if flag.startswith("--"))): flags for script, *flags in commands}
+    for (script, *_), flags in kinds.items():
+        module = importlib.import_module(Path(script).stem)
+        module.check(module.parse_args(flags))
