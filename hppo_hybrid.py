@@ -510,9 +510,7 @@ class Envs:
         self.reset(np.ones(N, dtype=bool))
 
     def add_note(self, error: Exception):
-        error.add_note(
-            f"{self.args.env_id}, environments {list(self.indices)}, after {self.global_step:,} steps in all"
-        )
+        error.add_note(f"{self.args.env_id}, after {self.global_step:,} steps in all")
 
     def set_masks(self, infos, acting: np.ndarray):
         """Take from the infos which choices are valid where acting, bool [N]; all are where nothing is said."""
@@ -570,6 +568,7 @@ class Envs:
         gammas = np.full(len(rewards), self.args.gamma)
         if isinstance(infos, list) and "reward_and_discount" in infos[0]:  # from Hold
             rewards, gammas = np.array([info["reward_and_discount"] for info in infos]).T
+        # aged by this decision's tau: with 1 a step it is 1 / (1 - gamma) whatever the durations
         self.discounted = discounted = rewards + gammas * self.discounted
         self.lengths += 1
         self.history.append(actions)

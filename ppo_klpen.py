@@ -327,9 +327,7 @@ class Envs:
         self.reset(np.ones(N, dtype=bool))
 
     def add_note(self, error: Exception):
-        error.add_note(
-            f"{self.args.env_id}, environments {list(self.indices)}, after {self.global_step:,} steps in all"
-        )
+        error.add_note(f"{self.args.env_id}, after {self.global_step:,} steps in all")
 
     def reset(self, starting: np.ndarray):
         """Begin the next episode where starting, bool [N]."""

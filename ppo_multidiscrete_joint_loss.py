@@ -416,9 +416,7 @@ class Envs:
         self.reset(np.ones(N, dtype=bool))
 
     def add_note(self, error: Exception):
-        error.add_note(
-            f"{self.args.env_id}, environments {list(self.indices)}, after {self.global_step:,} steps in all"
-        )
+        error.add_note(f"{self.args.env_id}, after {self.global_step:,} steps in all")
 
     def set_masks(self, infos, acting: np.ndarray):
         """Take from the infos which choices are valid where acting, bool [N]; all are where nothing is said."""
