@@ -630,7 +630,8 @@ def vmpo_paper(rows: list[dict], curves: list[dict], figures: Path) -> str:
     for env_id in ordered(r["env_id"] for r in rows):
         steps = next(int(r["steps"]) for r in rows if r["env_id"] == env_id)
         cells = [cell(rows, "vmpo", env_id, column) for column in ("score", "eval_return")]
-        lines.append(f"| {env_id} | {steps / 1e6:.1f}M | {' | '.join(cells)} | {len(values_of(rows, 'vmpo', env_id))} |")
+        seeds = len(values_of(rows, "vmpo", env_id))
+        lines.append(f"| {env_id} | {steps / 1e6:.1f}M | {' | '.join(cells)} | {seeds} |")
     curves_figure(curves, rows, {"vmpo": BLUE}, figures / "vmpo_paper.png")
     return "\n".join([*lines, "", "![the paper's settings](benchmarks/figures/vmpo_paper.png)"])
 
