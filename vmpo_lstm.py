@@ -645,7 +645,8 @@ class Agent(nn.Module):
 
     def __init__(self, envs: Envs, args: Args, num_outputs: int, alphas: list):
         super().__init__()
-        obs_dim = envs.observation_space.shape[0] + gym.spaces.flatdim(envs.action_space) + 1
+        self.last_dim = gym.spaces.flatdim(envs.action_space) + 1  # an action and a reward
+        obs_dim = envs.observation_space.shape[0] + self.last_dim
         torso, heads = ([512, 256], [256]) if args.network == "shared" else ([64], [64, 64])
         self.duals = nn.Parameter(torch.tensor([1.0, *alphas]))  # eta and the alphas
         self.norm_obs = args.norm_obs
@@ -666,6 +667,10 @@ class Agent(nn.Module):
         if not self.norm_obs:
             return obs
         return ((obs - self.obs_rms.shift) * self.obs_rms.scale).clamp(-10, 10)
+
+    def no_memory(self, N: int) -> list:
+        """The state and the last actions and rewards that N environments begin with."""
+        return [torch.zeros(N, 2 * self.core.hidden_size), torch.zeros(N, self.last_dim)]
 
     def remember(self, obs: torch.Tensor, state: torch.Tensor):
         """The core's output [..., H] and new state [..., 2 H] for raw inputs [..., O] and its state."""
@@ -1165,7 +1170,7 @@ def evaluate(agent: Agent, args: Args, run_dir: Path) -> list:
     """Greedy episodes, as in Envs.finished; the statistics stand still. Films, if any, go to the run's folder."""
     video_dir = run_dir / "videos" / str(int(time.time())) if args.capture_video else None
     envs = Envs(args, [-1], evaluation=True, video_dir=video_dir)
-    state, last = torch.zeros(1, 2 * agent.core.hidden_size), torch.zeros(1, gym.spaces.flatdim(envs.action_space) + 1)
+    state, last = agent.no_memory(1)
     for number in tqdm(range(args.eval_episodes), "evaluation", leave=False, disable=None):  # None: on a terminal only
         while len(envs.finished) == number:
             _, state, last = act(envs, agent, state, last)
@@ -1313,8 +1318,7 @@ def main(args: Args):
         notice("the target is the policy itself in each gradient step, so the KL is 0 and there is no trust region")
     agent = make_agent(envs, args).to(device)
     progress = {"iteration": 0, "seconds": 0.0, "episodes": "global_step,return,length\n", "best_return": -math.inf}
-    last = torch.zeros(args.num_envs, gym.spaces.flatdim(envs.action_space) + 1)
-    progress["memory"] = [torch.zeros(args.num_envs, 2 * agent.core.hidden_size), last]
+    progress["memory"] = agent.no_memory(args.num_envs)
     model = args.eval if args.eval is not None else args.init_from
     resumed = args.resume is not None and (Path(args.resume) / "checkpoint.pt").exists()
     if model is not None and not resumed:

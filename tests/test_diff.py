@@ -78,6 +78,21 @@ def test_what_a_script_need_not_change_is_equal_to_the_byte(script):
     assert not drifted and set(found) == set(changes.split())
 
 
+def methods(script: str) -> dict[str, str]:
+    """{name: source} of the methods of a script's Envs."""
+    (node,) = ast.parse(definitions(ROOT / script)["Envs"]).body
+    lines = definitions(ROOT / script)["Envs"].splitlines()
+    return {method.name: "\n".join(lines[method.lineno - 1 : method.end_lineno]) for method in node.body[1:]}
+
+
+@pytest.mark.parametrize("script", ["vmpo.py", *WITH_MASKS])
+def test_of_envs_only_what_has_to_do_with_masks_and_holds_differs(script):
+    ours, base = methods(script), methods("ppo_continuous.py")
+    assert len(base) >= 7 and {name for name in base if ours[name] != base[name]} <= {"__init__", "reset", "step"}
+    with_masks = methods("vmpo.py")
+    assert ours["set_masks"] == with_masks["set_masks"] and ours["reset"] == with_masks["reset"]
+
+
 @pytest.mark.parametrize("script", WITH_MASKS)
 def test_masks_are_the_same_code_in_all_scripts_with_choices(script):
     found = differences(ROOT / script, ROOT / "vmpo.py")
