@@ -15,7 +15,8 @@ TOOL = ROOT / "benchmarks" / "diff.py"
 PAGE = ROOT / "docs" / "diff.html"
 SCRIPTS = """ppo_continuous.py ppo_klpen.py ppo_multidiscrete_joint_loss.py hppo_hybrid.py vmpo.py
     vmpo_lstm.py""".split()
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
 QUIET = """headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking
     disable-component-update disable-sync""".split()
 
@@ -80,7 +81,7 @@ def test_wrong_arguments_are_one_line_and_write_nothing(argv, tmp_path):
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     if not (BROWSER and DRIVER):
-        pytest.skip("needs chromium and chromedriver")
+        pytest.skip("needs chromium or google-chrome, and chromedriver")
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
