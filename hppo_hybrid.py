@@ -58,7 +58,7 @@ import zipfile
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Any, Literal, NoReturn, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -130,7 +130,7 @@ class Args:
     capture_video: bool = False  # film the evaluations, videos/*/*.mp4 in the run's folder
 
 
-def fail(message: str, status: int = 2):
+def fail(message: str, status: int = 2) -> NoReturn:
     """Leave with one line on stderr; status 2 is a user's input, 1 a run that went wrong."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(status)
@@ -148,7 +148,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         return args
     config = (Path(path).parent if path.endswith(".pt") else Path(path)) / "config.json"
     try:
-        saved = dict(json.loads(config.read_text())["args"])
+        saved: dict[str, Any] = dict(json.loads(config.read_text())["args"])
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         for name, kind in get_type_hints(Args).items():
             typeguard.check_type(saved[name], kind)
@@ -231,7 +231,7 @@ def nest(space: gym.Space, parts):
     return next(parts)
 
 
-class HybridSpace(gym.spaces.Box):
+class HybridSpace(gym.spaces.Box[np.float32]):
     """Vectors (k_1 ... k_D, x_1 ... x_P) for the actions of another space: a choice, counted from 0, for each Discrete,
     D in all, then the numbers of all its Boxes, from [-1, 1] onto their bounds; those of an integer Box are rounded.
 
@@ -254,7 +254,8 @@ class HybridSpace(gym.spaces.Box):
         sizes = [math.prod(box.shape) for box in boxes]
         self.nvec = np.concatenate([nvec_of(leaf) for leaf in choices])
         D, C, P = len(self.nvec), self.nvec.sum(), sum(sizes)
-        super().__init__(np.float32([0] * D + [-1] * P), np.float32([*(self.nvec - 1)] + [1] * P))
+        low, high = [0] * D + [-1] * P, [*(self.nvec - 1)] + [1] * P
+        super().__init__(np.array(low, np.float32), np.array(high, np.float32))
 
         mask = np.ones((C, P), dtype=bool) if parameter_mask is None else np.asarray(parameter_mask)
         in_order = isinstance(space, gym.spaces.Tuple) and not any(isinstance(s, gym.spaces.Dict) for s in space.spaces)
@@ -370,7 +371,7 @@ class ActionMask(gym.Wrapper):
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.mask_source = None
-        space = env.observation_space
+        space: Any = env.observation_space
         self.in_obs = isinstance(space, gym.spaces.Dict) and space.keys() == {"observation", "action_mask"}
         if self.in_obs:
             self.observation_space = space["observation"]
@@ -492,16 +493,16 @@ def make_vector_env(args: Args, indices: range, **env_options):
         mode = vector_env.metadata.get("autoreset_mode")
         same_obs = vector_env.single_observation_space == env.observation_space
         same_masks = "action_mask" not in env.reset()[1] or "action_mask" in vector_env.reset()[1]
-        same_actions = vector_env.single_action_space == env.action_space.space
+        hybrid: Any = env.action_space
+        same_actions = vector_env.single_action_space == hybrid.space
         if mode in (Mode.DISABLED, Mode.SAME_STEP) and same_obs and same_masks and same_actions:
-            hybrid = env.action_space
             vector_env = gym.wrappers.vector.TransformAction(vector_env, hybrid.to_env, single_action_space=hybrid)
             return vector_env if mode == Mode.DISABLED else SameStep(vector_env)
         vector_env.close()
     return Loop([env, *(make_env(args, **env_options) for _ in indices[1:])], indices)
 
 
-def info_of(infos, i: int) -> dict:
+def info_of(infos, i) -> dict:
     """Environment i's own: of a Loop's list, or of gymnasium's arrays [N], where _name tells who has a value."""
     if isinstance(infos, list):
         return infos[i]
@@ -527,7 +528,7 @@ class Envs:
         self.args = args
         self.indices = indices
         self.own = slice(indices.start, indices.stop)  # of the run's environments, those of this process
-        self.vector_env = make_vector_env(args, indices, **env_options)
+        self.vector_env: Any = make_vector_env(args, indices, **env_options)
         self.observation_space = self.vector_env.single_observation_space
         self.action_space = self.vector_env.single_action_space
         self.global_step = 0
@@ -573,7 +574,7 @@ class Envs:
         """Begin the next episode where starting, bool [N]."""
         self.episode += starting
         self.returns[starting] = self.discounted[starting] = self.lengths[starting] = 0
-        seeds = [None] * len(starting)
+        seeds: list[int | None] = [None] * len(starting)
         for i in np.flatnonzero(starting):
             key = [self.args.seed, self.indices[i] + 1, self.episode[i]]
             seeds[i] = int(np.random.SeedSequence(key).generate_state(1)[0])
@@ -693,11 +694,11 @@ class RunningMeanStd(nn.Module):
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros(shape))  # mean and 1 / std in the networks' float32
-        self.register_buffer("scale", torch.ones(shape))
+        self.mean = nn.Buffer(torch.zeros(shape, dtype=torch.float64))
+        self.var = nn.Buffer(torch.ones(shape, dtype=torch.float64))
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
+        self.shift = nn.Buffer(torch.zeros(shape))  # mean and 1 / std in the networks' float32
+        self.scale = nn.Buffer(torch.ones(shape))
 
     @torch.no_grad()
     def update(self, x: torch.Tensor):
@@ -755,7 +756,7 @@ class Hybrid:
     def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
         """Of the choices, and of the parameters that they use, [..., 2]."""
         *choices, parameters = actions.split([*[1] * len(self.nvec), self.uses.shape[1]], -1)
-        log_choices, used = 0.0, 1.0
+        log_choices, used = actions.new_zeros(()), actions.new_ones(())
         for log_p, uses, choice in zip(self.log_probs, self.uses.split(self.nvec), choices):
             log_choices = log_choices + log_p.gather(-1, choice.long()).squeeze(-1)
             used = used * uses[choice.long().squeeze(-1)]
@@ -795,7 +796,7 @@ class Agent(nn.Module):
         obs_dim, space = envs.observation_space.shape[0], envs.action_space
         self.nvec, action_dim = space.nvec.tolist(), space.parameter_mask.shape[1]
         uses = torch.from_numpy(space.parameter_mask).float()
-        self.register_buffer("uses", uses if args.parameters == "chosen" else torch.ones_like(uses), persistent=False)
+        self.uses = nn.Buffer(uses if args.parameters == "chosen" else torch.ones_like(uses), persistent=False)
         self.norm_obs = args.norm_obs
         self.obs_rms = RunningMeanStd(obs_dim)
         self.return_rms = RunningMeanStd()
@@ -1019,7 +1020,7 @@ def compile_update(agent: Agent, optimizer: dict, learning_rate, batch: dict, ar
     if not args.compile:
         return plain
     if learning_rate.is_cuda:
-        options = {"triton.cudagraphs": True}
+        options: dict[str, Any] = {"triton.cudagraphs": True}
     else:  # the least overhead a call; no precompiled header (4 s), no probes of the CPU (6 s): half the cold start
         options = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True}
     options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe  # agent and args stay as they are
@@ -1100,7 +1101,7 @@ def exchange(transfer, box: list, rank: int):
         raise ConnectionError(f"rank {rank} of {WORLD_SIZE} was lost") from None
 
 
-def everywhere(function, envs: Envs, *inputs) -> list:
+def everywhere(function, envs, *inputs) -> list:
     """What function(envs, *inputs) returns in each process, by rank; each has its own environments."""
     others = range(1, WORLD_SIZE)
     for rank in others:
@@ -1400,7 +1401,7 @@ def main(args: Args):
         notice(f"one by one: the batch of {args.env_id} hides an episode's last observation, or its spaces differ")
     agent = Agent(envs, args).to(device)
     progress = {"iteration": 0, "seconds": 0.0, "episodes": "global_step,return,length\n", "best_return": -math.inf}
-    model = args.eval if args.eval is not None else args.init_from
+    model: Any = args.eval if args.eval is not None else args.init_from
     resumed = args.resume is not None and (Path(args.resume) / "checkpoint.pt").exists()
     if model is not None and not resumed:
         model = Path(model) if model.endswith(".pt") else Path(model) / "model.pt"

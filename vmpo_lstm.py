@@ -62,7 +62,7 @@ import zipfile
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Any, Literal, NoReturn, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -137,7 +137,7 @@ class Args:
     capture_video: bool = False  # film the evaluations, videos/*/*.mp4 in the run's folder
 
 
-def fail(message: str, status: int = 2):
+def fail(message: str, status: int = 2) -> NoReturn:
     """Leave with one line on stderr; status 2 is a user's input, 1 a run that went wrong."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(status)
@@ -155,7 +155,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         return args
     config = (Path(path).parent if path.endswith(".pt") else Path(path)) / "config.json"
     try:
-        saved = dict(json.loads(config.read_text())["args"])
+        saved: dict[str, Any] = dict(json.loads(config.read_text())["args"])
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         for name, kind in get_type_hints(Args).items():
             typeguard.check_type(saved[name], kind)
@@ -241,7 +241,7 @@ def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None
     return env
 
 
-def to_env(actions: np.ndarray, space: gym.Space, args: Args) -> np.ndarray:
+def to_env(actions: np.ndarray, space, args: Args) -> np.ndarray:
     """Actions [N, A] as drawn -> [N, *space.shape] as the environment takes them: within its bounds, of its dtype."""
     actions = actions.reshape(len(actions), *space.shape)
     if not isinstance(space, gym.spaces.Box):
@@ -269,7 +269,7 @@ class ActionMask(gym.Wrapper):
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.mask_source = None
-        space = env.observation_space
+        space: Any = env.observation_space
         self.in_obs = isinstance(space, gym.spaces.Dict) and space.keys() == {"observation", "action_mask"}
         if self.in_obs:
             self.observation_space = space["observation"]
@@ -400,7 +400,7 @@ def make_vector_env(args: Args, indices: range, **env_options):
     return Loop([env, *(make_env(args, **env_options) for _ in indices[1:])], indices)
 
 
-def info_of(infos, i: int) -> dict:
+def info_of(infos, i) -> dict:
     """Environment i's own: of a Loop's list, or of gymnasium's arrays [N], where _name tells who has a value."""
     if isinstance(infos, list):
         return infos[i]
@@ -426,7 +426,7 @@ class Envs:
         self.args = args
         self.indices = indices
         self.own = slice(indices.start, indices.stop)  # of the run's environments, those of this process
-        self.vector_env = make_vector_env(args, indices, **env_options)
+        self.vector_env: Any = make_vector_env(args, indices, **env_options)
         self.observation_space = self.vector_env.single_observation_space
         self.action_space = self.vector_env.single_action_space
         self.global_step = 0
@@ -472,7 +472,7 @@ class Envs:
         """Begin the next episode where starting, bool [N]."""
         self.episode += starting
         self.returns[starting] = self.discounted[starting] = self.lengths[starting] = 0
-        seeds = [None] * len(starting)
+        seeds: list[int | None] = [None] * len(starting)
         for i in np.flatnonzero(starting):
             key = [self.args.seed, self.indices[i] + 1, self.episode[i]]
             seeds[i] = int(np.random.SeedSequence(key).generate_state(1)[0])
@@ -586,11 +586,11 @@ class RunningMeanStd(nn.Module):
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros(shape))  # mean and 1 / std in the networks' float32
-        self.register_buffer("scale", torch.ones(shape))
+        self.mean = nn.Buffer(torch.zeros(shape, dtype=torch.float64))
+        self.var = nn.Buffer(torch.ones(shape, dtype=torch.float64))
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
+        self.shift = nn.Buffer(torch.zeros(shape))  # mean and 1 / std in the networks' float32
+        self.scale = nn.Buffer(torch.ones(shape))
 
     @torch.no_grad()
     def update(self, x: torch.Tensor):
@@ -678,6 +678,9 @@ def hidden_layers(*sizes: int) -> nn.Sequential:
 
 class Agent(nn.Module):
     """A policy and a value V(s), the dual variables, and the statistics that scale what the networks see and say."""
+
+    policy: Any  # the classes below have them
+    noise: Any
 
     def __init__(self, envs: Envs, args: Args, num_outputs: int, alphas: list):
         super().__init__()
@@ -796,9 +799,9 @@ def act(envs: Envs, agent: Agent, state: torch.Tensor, last: torch.Tensor, noise
     row |= envs.step(actions)
     taken = to_env(actions, envs.action_space, envs.args)
     taken = np.array([gym.spaces.flatten(envs.action_space, action) for action in taken])
-    last = np.column_stack([taken, row["rewards"]]).astype(np.float32)
+    last = torch.from_numpy(np.column_stack([taken, row["rewards"]]).astype(np.float32))
     row |= {"next_obs": np.hstack([row["next_obs"], last]), "next_states": next_state.numpy()}
-    return row, next_state, torch.from_numpy(last)
+    return row, next_state, last
 
 
 @torch.inference_mode()
@@ -1019,7 +1022,7 @@ def compile_update(agent: Agent, optimizer: dict, learning_rate, batch: dict, ar
     if not args.compile:
         return plain
     if learning_rate.is_cuda:
-        options = {"triton.cudagraphs": True}
+        options: dict[str, Any] = {"triton.cudagraphs": True}
     else:  # the least overhead a call; no precompiled header (4 s), no probes of the CPU (6 s): half the cold start
         options = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True}
     options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe  # agent and args stay as they are
@@ -1118,7 +1121,7 @@ def exchange(transfer, box: list, rank: int):
         raise ConnectionError(f"rank {rank} of {WORLD_SIZE} was lost") from None
 
 
-def everywhere(function, envs: Envs, *inputs) -> list:
+def everywhere(function, envs, *inputs) -> list:
     """What function(envs, *inputs) returns in each process, by rank; each has its own environments."""
     others = range(1, WORLD_SIZE)
     for rank in others:
@@ -1435,7 +1438,7 @@ def main(args: Args):
     agent = make_agent(envs, args).to(device)
     progress = {"iteration": 0, "seconds": 0.0, "episodes": "global_step,return,length\n", "best_return": -math.inf}
     progress["memory"] = agent.no_memory(args.num_envs)
-    model = args.eval if args.eval is not None else args.init_from
+    model: Any = args.eval if args.eval is not None else args.init_from
     resumed = args.resume is not None and (Path(args.resume) / "checkpoint.pt").exists()
     if model is not None and not resumed:
         model = Path(model) if model.endswith(".pt") else Path(model) / "model.pt"

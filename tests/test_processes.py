@@ -20,7 +20,7 @@ FLAGS = {
     "ppo_klpen.py": "--env-id Hopper-v4",
     "ppo_multidiscrete_joint_loss.py": "--env-id Hopper-v4",
     "vmpo.py": "--env-id CartPole-v1",  # choices
-    "vmpo_lstm.py": "--env-id Hopper-v4 --unroll-length 8",
+    "vmpo_lstm.py": "--env-id Hopper-v4",
     "hppo_hybrid.py": "--env-id environments.hybrid:HybridMoving-v0",
 }
 # An environment that breaks at a step of the one process that BREAK names.
