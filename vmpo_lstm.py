@@ -358,22 +358,23 @@ class Loop:
 
 class SameStep:
     """A batch with AutoresetMode.SAME_STEP in the form of one without autoreset: it has begun the next episodes by the
-    time that they are asked for. Seeds count only where all begin at once."""
+    time that they are asked for. Only the first ones take the seeds given."""
 
     def __init__(self, vector_env: gym.vector.VectorEnv):
         self.vector_env = vector_env
         self.single_observation_space = vector_env.single_observation_space
         self.single_action_space = vector_env.single_action_space
+        self.begun = np.zeros(vector_env.num_envs, dtype=bool)
 
     def reset(self, seed: list, options: dict):
-        if options["reset_mask"].all():
+        if not self.begun[options["reset_mask"]].all():
             self.obs, self.infos = self.vector_env.reset(seed=seed)
         return self.obs, self.infos
 
     def step(self, actions: np.ndarray):
         self.obs, rewards, terminated, truncated, self.infos = self.vector_env.step(actions)
-        next_obs = np.array(self.obs)
-        for i in np.flatnonzero(terminated | truncated):
+        next_obs, self.begun = np.array(self.obs), terminated | truncated
+        for i in np.flatnonzero(self.begun):
             if "final_obs" not in self.infos:
                 fail(f"{self.vector_env} gives no final_obs, the last observation of an episode, in its info")
             next_obs[i] = self.infos["final_obs"][i]
@@ -514,7 +515,7 @@ class Envs:
     def state_dict(self) -> dict:
         """Tensors [N, ...]; but for history, [lengths.sum(), A], the actions of one running episode after another."""
         state = {name: torch.tensor(getattr(self, name)) for name in ("obs", "episode", "returns", "lengths")}
-        history = np.array(self.history)
+        history = np.array(self.history or [np.zeros((len(self.obs), 0))])  # before the first step too
         running = [history[len(history) - length :, i] for i, length in enumerate(self.lengths)]
         state["history"] = torch.from_numpy(np.concatenate(running))
         return {**state, "global_step": torch.full([len(running)], self.global_step)}

@@ -36,7 +36,7 @@ class Counting(gym.Env):
         self.t += 1
         end, kind = self.t == 3 + self.seed % 5, self.seed % 3
         obs = np.array([self.seed, self.t, action[0]])
-        return obs, reward_of(self.seed, self.t), end and kind != 1, end and kind != 0, {}
+        return obs, reward_of(self.seed, self.t), end and kind != 1, end and kind != 0, {"seed": self.seed}
 
 
 def reward_of(seed, t):
@@ -80,7 +80,7 @@ def test_rows_are_the_transitions_of_the_environment():
             assert rows["done"][k, n] == end
             assert rows["terminated"][k, n] == (end and kind != 1)  # both flags: terminated
             if end:
-                expected_episodes.append(((k + 1) * 5, total, t, {}))
+                expected_episodes.append(((k + 1) * 5, total, t, {"seed": float(seed)}))
                 kinds.add((t, kind))
                 episode, t, total, discounted = episode + 1, 0, 0.0, 0.0
     assert len(expected_episodes) > 75 and len(kinds) == 15
@@ -90,43 +90,90 @@ def test_rows_are_the_transitions_of_the_environment():
     assert (rows["actions"] < -0.5).any() and (rows["actions"] > 0.75).any()
 
 
-def batched(mode):
-    """An environment's vector_entry_point: gymnasium's own, which can reset as each mode says."""
+class Scheduled(gym.Wrapper):
+    """Takes, where it is reset without one, the seed that a loop would give it."""
 
-    def make(num_envs, env_id, autoreset_mode):
-        mode_of_it = autoreset_mode if mode == "disabled" else AutoresetMode.NEXT_STEP
-        return SyncVectorEnv([lambda: gym.make(env_id)] * num_envs, copy=False, autoreset_mode=mode_of_it)
+    def __init__(self, env, index):
+        super().__init__(env)
+        self.index, self.episode = index, 0
+
+    def reset(self, *, seed=None, options=None):
+        self.episode += 1
+        return self.env.reset(seed=seed_of(1, self.index, self.episode) if seed is None else seed)
+
+
+class Blind(SyncVectorEnv):
+    """Keeps an episode's last observation to itself."""
+
+    def step(self, actions):
+        *row, infos = super().step(actions)
+        return *row, {name: value for name, value in infos.items() if name != "final_obs"}
+
+
+def batched(mode, kind=SyncVectorEnv):
+    """An environment's vector_entry_point: gymnasium's own, which has just one mode."""
+
+    def make(num_envs, env_id, autoreset_mode=mode):
+        if mode == AutoresetMode.SAME_STEP != autoreset_mode:
+            raise ValueError("it always resets at once")
+        envs = [lambda i=i: Scheduled(gym.make(env_id), i) for i in range(num_envs)]
+        return kind(envs, copy=False, autoreset_mode=mode)
 
     return make
 
 
 for name in ("Counting-v0", "Hopper-v4", "Pendulum-v1"):
-    for mode in ("disabled", "next_step"):
+    for mode in AutoresetMode:
         kwargs = {"entry_point": lambda env_id: gym.make(env_id), "vector_entry_point": batched(mode)}
-        gym.register(f"Batched/{mode}-{name}", kwargs={"env_id": name}, **kwargs)
+        gym.register(f"Batched/{mode.name}-{name}", kwargs={"env_id": name}, **kwargs)
+kwargs |= {"vector_entry_point": batched(AutoresetMode.SAME_STEP, Blind)}
+gym.register("Batched/Blind-v0", kwargs={"env_id": "Counting-v0"}, **kwargs)
 
 
-@pytest.mark.parametrize("mode", ["disabled", "next_step"])
+@pytest.mark.parametrize("mode", AutoresetMode)
 @pytest.mark.parametrize("env_id", ["Counting-v0", "Hopper-v4", "Pendulum-v1"])
 def test_an_environments_own_batch_and_a_loop_give_the_same_rows_to_the_bit(env_id, mode):
     both, args = [], ppo.Args(num_envs=3, num_steps=250)
-    for name in (env_id, f"Batched/{mode}-{env_id}"):
+    for name in (env_id, f"Batched/{mode.name}-{env_id}"):
         args.env_id = name
         envs = ppo.Envs(args, range(3))
         torch.manual_seed(0)
         agent = ppo.Agent(envs, args)
         parts = [ppo.rollout(envs, agent, args) for _ in range(2)]
         both.append([np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]])
-        both[-1].append([episode[:3] for episode in envs.finished])
-    assert isinstance(envs.vector_env, ppo.Loop) == (mode != "disabled")  # another mode would lose observations
+        both[-1].append(envs.finished)
+    assert isinstance(envs.vector_env, ppo.Loop) == (mode == AutoresetMode.NEXT_STEP)  # it would lose observations
     *rows, episodes = zip(*both)
     assert all(np.array_equal(*arrays) for arrays in rows) and episodes[0] == episodes[1] and len(episodes[0]) >= 3
+
+
+def test_a_batch_without_the_last_observation_is_refused_with_one_line(capsys):
+    envs = ppo.Envs(ppo.Args(env_id="Batched/Blind-v0", num_envs=3), range(3))
+    with pytest.raises(SystemExit) as stop:
+        for _ in range(8):
+            envs.step(np.zeros((3, 1), dtype=np.float32))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and "no final_obs" in err and err.count("\n") == 1
+
+
+def test_a_batch_that_cannot_be_used_is_said_and_runs_one_by_one(tmp_path, capsys):
+    run(tmp_path, "--env-id", "Batched/NEXT_STEP-Hopper-v4", "--total-timesteps", 256, "--no-compile")
+    assert "notice: one by one: the batch of Batched/NEXT_STEP-Hopper-v4 hides" in capsys.readouterr().err
+
+
+def test_the_episodes_of_a_batch_that_resets_itself_start_again_and_a_notice_says_so(tmp_path, capsys):
+    folder = run(tmp_path, "--env-id", "Batched/SAME_STEP-Hopper-v4", "--total-timesteps", 512, "--no-compile")
+    capsys.readouterr()
+    ppo.main(ppo.parse_args(["--resume", str(folder), "--total-timesteps", "768"]))
+    assert "the episodes of environments [0, 1, 2, 3] start again" in capsys.readouterr().err
+    lengths = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1)
+    assert (np.diff(lengths[:, 0]) >= 0).all() and load(folder / "checkpoint.pt")["envs"]["lengths"].max() <= 64
 
 
 @pytest.mark.parametrize("steps", [0, 5, 260])
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "Pendulum-v1"])
 def test_a_batch_continues_its_running_episodes_to_the_bit(env_id, steps, capfd):
-    args = ppo.Args(env_id=f"Batched/disabled-{env_id}", num_envs=3)
+    args = ppo.Args(env_id=f"Batched/DISABLED-{env_id}", num_envs=3)
     envs, others, rng = ppo.Envs(args, range(3)), ppo.Envs(args, range(3)), np.random.default_rng(1)
     actions = rng.normal(size=(steps + 200, 3, *envs.action_space.shape)).astype(np.float32)
     for action in actions[:steps]:
@@ -143,7 +190,7 @@ def test_no_two_episodes_of_any_two_runs_or_of_the_evaluation_share_a_seed():
     seeds = []
     for run_seed in (0, 1, 2):
         args = ppo.Args(env_id="Counting-v0", num_envs=8, seed=run_seed)
-        for indices in (range(8), [-1]):
+        for indices in (range(8), range(-1, 0)):
             envs = ppo.Envs(args, indices)
             for _ in range(40):
                 seeds += [env.unwrapped.np_random_seed for env in envs.vector_env.envs]
