@@ -295,7 +295,8 @@ def draw(axis, title: str, group: dict[str, Series], styles: dict[str, dict], y_
                 axis.plot(series.steps[present[-1]], seed[present[-1]], ".", color=style["color"], ms=5, alpha=0.8)
         axis.fill_between(series.steps, series.low, series.high, color=style["color"], alpha=0.2, lw=0)
         axis.plot(series.steps, series.middle, lw=1.5, label=name, **style)
-    axis.set_title(title, fontsize=min(10, 300 / max(map(len, title.splitlines()))))  # 30 letters of size 10 fit
+    width = axis.figure.get_figwidth() / axis.get_gridspec().ncols
+    axis.set_title(title, fontsize=min(10, 97 * width / max(map(len, title.splitlines()))))  # so that it fits
     axis.set(xlabel="environment steps", xlim=(0, None))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     if axis.get_subplotspec().is_first_col():
@@ -347,7 +348,7 @@ figure { position: relative; margin: 0; width: 560px; max-width: 100% }
 figure svg { display: block; width: 100%; height: auto }
 .line { position: absolute; width: 1px; background: #888; pointer-events: none }
 .values { position: absolute; z-index: 1; padding: 4px 8px; background: #fffe; border: 1px solid #888;
-          font-size: 13px; pointer-events: none; white-space: pre }
+          font-size: 13px; pointer-events: none; box-sizing: border-box }
 .scores { overflow-x: auto }
 table { border-collapse: collapse; margin-top: 1em }
 td, th { padding: 2px 10px; border-bottom: 1px solid #ddd; text-align: left }
@@ -379,7 +380,8 @@ for (const figure of document.querySelectorAll("figure")) {
       row.append(mark, `${name}: ${middle[k]}` + (low[k] === null ? "" : ` [${low[k]}, ${high[k]}]`));
       values.append(row);
     }
-    values.style = x < 0.5 ? `left: ${100 * x + 1}%; top: 8%` : `right: ${101 - 100 * x}%; top: 8%`;
+    const room = `${100 * Math.max(x, 1 - x) - 2}%`, width = `min(${room}, 360px)`;
+    values.style = `${x < 0.5 ? "right" : "left"}: calc(${room} - ${width}); width: ${width}; top: 8%`;
   });
 }
 </script>
@@ -398,7 +400,7 @@ def figure_of(title: str, group: dict[str, Series], styles: dict, y_label: str) 
         drawing = picture_of(fig, "svg").decode()
 
     def numbers(values) -> list:
-        return [None if np.isnan(value) else float(f"{value:.5g}") for value in values]
+        return [None if np.isnan(value) else float(f"{value:.4g}") for value in values]
 
     series = [
         {"name": name, "color": styles[name]["color"]}

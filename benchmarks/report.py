@@ -646,6 +646,12 @@ def write_block(path: Path, name: str, block: str):
     replace_file(path, text.encode())
 
 
+def check(name: str):
+    """Exit with 2 where `name` is a report that has no document to go to."""
+    if name in REPORTS:
+        documents(name)
+
+
 def main(args: Args):
     if args.name not in REPORTS:
         folder = args.runs / args.name
