@@ -14,9 +14,8 @@ few seeds mind what an interval is: of 3 it is their range, which holds the true
 
 The table, printed and written to NAME.csv beside NAME.png, is of scores: a run's is the mean return of its last 100
 training episodes (of another metric, the mean of its last 10 values). With --html there is also a page, NAME.html,
-which needs no network.
-Returns and lengths come from episodes.csv, other metrics from TensorBoard's event files. A run that is still training
-is drawn as far as it is. Exit status: 0, or 2 where there are no runs, or damaged ones.
+which needs no network. Returns and lengths come from episodes.csv, other metrics from TensorBoard's event files. A run
+that is still training is drawn as far as it is. Exit status: 0, or 2 where there are no runs, or damaged ones.
 """
 
 import html
@@ -118,7 +117,7 @@ def read_values(folder: Path, metric: str) -> pd.Series:
         return episodes.set_index("global_step")[EPISODES[metric]]
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     events = reader.Scalars(metric) if metric in reader.Tags()["scalars"] else []
-    return pd.Series({event.step: event.value for event in events}, dtype=float)
+    return pd.Series({event.step: event.value for event in events}, dtype=float).sort_index()
 
 
 def read_run(folder: Path, metric: str) -> Run:
@@ -419,6 +418,11 @@ def figure_of(title: str, group: dict[str, Series], styles: dict, y_label: str) 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def task_of(env_id: str) -> str:
+    """An environment's name without its module's."""
+    return env_id.rpartition(":")[2]
+
+
 def score_of(run: Run, metric: str) -> float:
     return run.values[-100 if metric in EPISODES else -10 :].mean()
 
@@ -437,7 +441,7 @@ def summary(env_id: str, name: str, runs: list[Run], metric: str) -> dict:
     """A row of the table."""
     scores = np.array([score_of(run, metric) for run in runs])
     low, high = interval([scores], iqm)
-    row = {"environment": env_id, "setting": name, "seeds": len({run.settings["seed"] for run in runs})}
+    row = {"environment": task_of(env_id), "setting": name, "seeds": len({run.settings["seed"] for run in runs})}
     row |= {"runs": len(runs), "steps": int(min(run.end for run in runs)), "mean": scores.mean(), "IQM": iqm(scores)}
     return row | {"IQM low": float(low), "IQM high": float(high), "each": " ".join(f"{score:.5g}" for score in scores)}
 
@@ -447,13 +451,14 @@ def main(args: Args):
         fail(f"--output {args.output}: must end in .png or .svg")
     if not args.output.parent.is_dir():
         fail(f"--output {args.output}: there is no folder {args.output.parent}")
+    if (args.output.parent / "config.json").exists():
+        fail(f"--output {args.output}: {args.output.parent} is a run's folder, whose files have such names")
     if not args.runs:
         fail("give at least one folder of runs")
     runs = read_runs(args.runs, args.metric)
     groups = {}  # {environment: {group: its runs}}
     for run, name in sorted(zip(runs, name_groups(runs, args.by)), key=lambda pair: natural(pair[1])):
-        env_id = run.settings["env_id"].split(":")[-1]  # a task's name, not its module's
-        groups.setdefault(env_id, {}).setdefault(name, []).append(run)
+        groups.setdefault(run.settings["env_id"], {}).setdefault(name, []).append(run)
 
     rows = [summary(e, name, same, args.metric) for e in sorted(groups) for name, same in groups[e].items()]
     names = sorted({name for same in groups.values() for name in same}, key=natural)
@@ -471,7 +476,7 @@ def main(args: Args):
             for run, values in zip(same, seeds):
                 values[steps > run.end + total / POINTS] = np.nan
             series[legend[name]] = Series(steps, np.array(seeds))
-        title = f"{env_id}, {in_words(total)} steps"
+        title = f"{task_of(env_id)}, {in_words(total)} steps"
         draw(axis, title, series, styles, y_label)
         if args.html:
             figures.append(figure_of(title, series, styles, y_label))
@@ -482,10 +487,8 @@ def main(args: Args):
     replace_file(written[1], table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
     if args.html:
         written.append(args.output.with_suffix(".html"))
-        note = (
-            "Curves: the interquartile mean over the seeds; bands: its 95 % bootstrap interval; dots: where each seed "
-        )
-        note += f"ends. Table: {scored}."
+        note = "Curves: interquartile mean over the seeds; bands: its 95 % bootstrap interval; dots: where seeds end. "
+        note += f"Table: {scored}."
         parts = {"TITLE": html.escape(y_label.capitalize()), "FIGURES": "\n".join(figures), "NOTE": note}
         parts["TABLE"] = table.to_html(index=False, float_format="{:.5g}".format, na_rep="", border=0)
         page = re.sub("TITLE|FIGURES|NOTE|TABLE", lambda found: parts[found[0]], PAGE)

@@ -193,6 +193,7 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, capsys):
         ("runs", "a.png", "no run has a value of charts/episodic_return yet"),
         ("runs", "a.jpg", "must end in .png or .svg"),
         ("runs", "nowhere/a.png", "there is no folder"),
+        ("runs", "runs/run0/episodes.png", "is a run's folder"),
         (None, "a.png", "at least one folder"),
     ]:
         with pytest.raises(SystemExit) as stop:

@@ -300,31 +300,31 @@ def test_vmpo_s_ablations_are_read_against_the_default():
 
 def test_two_runs_of_one_row_are_refused_unless_they_are_the_same(copy):
     for k, extra in enumerate(["", "", "--clip-coef 0.5"]):
-        folder = copy / f"runs/ppo_table1/{k}/run"
-        write_run(folder, "none", "Hopper-v4", 1, [1000], [1.0], 1000)
+        folder = copy / f"runs/vmpo_paper/{k}/run"
+        write_run(folder, "vmpo", "Hopper-v4", 1, [1000], [1.0], 1000)
         config = json.loads((folder / "config.json").read_text())
         config["command"] += extra.split()
         config["command"].remove("--runs-dir"), config["command"].remove(str(folder.parent))
         (folder / "config.json").write_text(json.dumps(config))
-        done = run_report(copy, "ppo_table1", "--runs", copy / "runs")
+        done = run_report(copy, "vmpo_paper", "--runs", copy / "runs")
         assert done.returncode == (2 if extra else 0), done.stderr
     assert done.stderr.startswith("error: ") and "--clip-coef 0.5" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_setting_whose_seeds_had_other_flags_is_pointed_out(copy):
     """As when a sweep's flags change while rows of the old ones are committed."""
-    path = copy / "benchmarks/results/ppo_table1.csv"
+    path = copy / "benchmarks/results/vmpo_paper.csv"
     text = path.read_text()
-    assert "notice" not in run_report(copy, "ppo_table1", "--runs", copy / "none").stderr
-    path.write_text(text.replace("Hopper-v4 --seed 1 ", "Hopper-v4 --gamma 0.9 --seed 1 "))
-    assert "notice: the seeds of clip-0.2, Hopper-v4" in run_report(copy, "ppo_table1", "--runs", copy / "none").stderr
+    assert "notice" not in run_report(copy, "vmpo_paper", "--runs", copy / "none").stderr
+    path.write_text(text.replace("HalfCheetah-v4 --seed 1 ", "HalfCheetah-v4 --gamma 0.9 --seed 1 "))
+    assert "notice: the seeds of vmpo, HalfCheetah-v4" in run_report(copy, "vmpo_paper", "--runs", copy / "none").stderr
 
 
 def test_a_deleted_row_takes_its_curve_with_it(copy):
-    path, curves = (copy / f"benchmarks/results/ppo_table1{name}" for name in (".csv", "_curves.csv.gz"))
+    path, curves = (copy / f"benchmarks/results/vmpo_paper{name}" for name in (".csv", "_curves.csv.gz"))
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if not line.startswith("none,Reacher-v4,1,")))
-    done = run_report(copy, "ppo_table1", "--runs", copy / "none")
+    path.write_text("".join(line for line in lines if not line.startswith("vmpo,HalfCheetah-v4,1,")))
+    done = run_report(copy, "vmpo_paper", "--runs", copy / "none")
     assert done.returncode == 0, done.stderr
     assert len(path.read_text().splitlines()) == len(lines) - 1 == len(gzip.open(curves).readlines())
 
