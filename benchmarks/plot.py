@@ -322,7 +322,7 @@ def save_panels(fig, axes: list, path: Path):
     entries = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels())}
     options = {"frameon": False, "handles": list(entries.values()), "labels": list(entries)}
     blank = next((axis for axis in axes if not axis.axison), None)
-    if blank and max(map(len, entries)) < 40:
+    if blank and max(map(len, entries)) < 40 and len(entries) < 12:
         blank.legend(loc="center", **options)
     else:
         columns = max(1, int(12 * fig.get_figwidth() / (8 + max(map(len, entries)))))
