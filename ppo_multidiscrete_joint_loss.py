@@ -53,13 +53,15 @@ import threading
 import time
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Any, Literal, NoReturn, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import typeguard
 import tyro
 from filelock import FileLock, Timeout
@@ -129,7 +131,7 @@ class Args:
     capture_video: bool = False  # film the evaluations, videos/*/*.mp4 in the run's folder
 
 
-def fail(message: str, status: int = 2):
+def fail(message: str, status: int = 2) -> NoReturn:
     """Leave with one line on stderr; status 2 is a user's input, 1 a run that went wrong."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(status)
@@ -147,7 +149,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         return args
     config = (Path(path).parent if path.endswith(".pt") else Path(path)) / "config.json"
     try:
-        saved = dict(json.loads(config.read_text())["args"])
+        saved: dict[str, Any] = dict(json.loads(config.read_text())["args"])
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         for name, kind in get_type_hints(Args).items():
             typeguard.check_type(saved[name], kind)
@@ -189,6 +191,7 @@ def check(args: Args):
         ("--dual-clip", 0 < args.dual_clip <= 1, "must be above 1, or 0 for none"),
         ("--num-minibatches", batch_size % args.num_minibatches, f"must divide the batch of {batch_size} steps"),
         ("--total-timesteps", args.total_timesteps < batch_size, f"must be at least the batch of {batch_size} steps"),
+        ("--num-envs", args.num_envs < WORLD_SIZE, f"must be at least {WORLD_SIZE}, one for each process"),
         ("--exp-name", set(args.exp_name) & set("/\\:"), "goes into a folder's name, so it cannot have / \\ or :"),
         ("--device", args.device == "cuda" and not torch.cuda.is_available(), "needs a GPU that torch finds"),
         ("--eval", args.eval is not None and args.resume is not None, "cannot go with --resume"),
@@ -234,7 +237,7 @@ def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None
     return env
 
 
-def to_env(actions: np.ndarray, space: gym.Space, args: Args) -> np.ndarray:
+def to_env(actions: np.ndarray, space, args: Args) -> np.ndarray:
     """Actions [N, A] as drawn -> [N, *space.shape] as the environment takes them: within its bounds, of its dtype."""
     actions = actions.reshape(len(actions), *space.shape)
     if not isinstance(space, gym.spaces.Box):
@@ -271,7 +274,7 @@ class ActionMask(gym.Wrapper):
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.mask_source = None
-        space = env.observation_space
+        space: Any = env.observation_space
         self.in_obs = isinstance(space, gym.spaces.Dict) and space.keys() == {"observation", "action_mask"}
         if self.in_obs:
             self.observation_space = space["observation"]
@@ -315,8 +318,8 @@ class Loop:
     """Single environments in the form of gymnasium's vector environments, with autoreset disabled. A plain loop takes
     less time than its SyncVectorEnv."""
 
-    def __init__(self, envs: list):
-        self.envs = envs
+    def __init__(self, envs: list, indices: range):
+        self.envs, self.indices = envs, indices
         self.single_observation_space = envs[0].observation_space
         self.single_action_space = envs[0].action_space
         self.shape = envs[0].observation_space.shape
@@ -335,7 +338,7 @@ class Loop:
                 first_obs, infos[i] = self.envs[i].reset(seed=seed[i])
                 obs[i] = self.checked(first_obs)
             except Exception as error:
-                error.add_note(f"in environment {i}")
+                error.add_note(f"in environment {self.indices[i]}")
                 raise
         return obs, infos
 
@@ -353,33 +356,60 @@ class Loop:
                 obs[i] = self.checked(next_obs)
                 rewards[i] = np.asarray(reward).item()  # it may be an array of one element
         except Exception as error:
-            error.add_note(f"in environment {i}")
+            error.add_note(f"in environment {self.indices[i]}")
             raise
         return obs, rewards, terminated, truncated, infos
 
 
-def make_vector_env(args: Args, num_envs: int, **env_options):
-    """The id's own vector environment, where it has one that leaves the resets to us, or a Loop."""
-    env, disabled = make_env(args, **env_options), gym.vector.AutoresetMode.DISABLED
-    if env.spec.vector_entry_point is not None and not env_options:
+class SameStep:
+    """A batch with AutoresetMode.SAME_STEP in the form of one without autoreset: it has begun the next episodes by the
+    time that they are asked for. Seeds count only where all begin at once."""
+
+    def __init__(self, vector_env: gym.vector.VectorEnv):
+        self.vector_env = vector_env
+        self.single_observation_space = vector_env.single_observation_space
+        self.single_action_space = vector_env.single_action_space
+
+    def reset(self, seed: list, options: dict):
+        if options["reset_mask"].all():
+            self.obs, self.infos = self.vector_env.reset(seed=seed)
+        return self.obs, self.infos
+
+    def step(self, actions: np.ndarray):
+        self.obs, rewards, terminated, truncated, self.infos = self.vector_env.step(actions)
+        next_obs = np.array(self.obs)
+        for i in np.flatnonzero(terminated | truncated):
+            if "final_obs" not in self.infos:
+                fail(f"{self.vector_env} gives no final_obs, the last observation of an episode, in its info")
+            next_obs[i] = self.infos["final_obs"][i]
+        return next_obs, rewards, terminated, truncated, self.infos
+
+
+def make_vector_env(args: Args, indices: range, **env_options):
+    """The id's own batch, where it has one that shows an episode's last observation, or a Loop."""
+    env, kwargs, Mode = make_env(args, **env_options), json.loads(args.env_kwargs), gym.vector.AutoresetMode
+    own = env.spec.vector_entry_point is not None and not env_options
+    for wish in [{"autoreset_mode": Mode.DISABLED}, {"autoreset_mode": Mode.SAME_STEP}, {}] if own else []:
         try:
-            vector_env = gym.make_vec(args.env_id, num_envs, autoreset_mode=disabled, **json.loads(args.env_kwargs))
-            same_obs = vector_env.single_observation_space == env.observation_space
-            same_masks = "action_mask" not in env.reset()[1] or "action_mask" in vector_env.reset()[1]
-            if same_obs and same_masks and vector_env.metadata.get("autoreset_mode") == disabled:
-                return vector_env
-        except TypeError:  # it takes no autoreset_mode
-            pass
-        except Exception as error:
-            fail(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {type(error).__name__}: {error}")
-    return Loop([env, *(make_env(args, **env_options) for _ in range(num_envs - 1))])
+            vector_env = gym.make_vec(args.env_id, len(indices), **wish, **kwargs)
+        except Exception as error:  # perhaps it takes no autoreset_mode, or not this one
+            if not wish:
+                fail(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {type(error).__name__}: {error}")
+            continue
+        mode = vector_env.metadata.get("autoreset_mode")
+        same_obs = vector_env.single_observation_space == env.observation_space
+        same_masks = "action_mask" not in env.reset()[1] or "action_mask" in vector_env.reset()[1]
+        if mode in (Mode.DISABLED, Mode.SAME_STEP) and same_obs and same_masks:
+            return vector_env if mode == Mode.DISABLED else SameStep(vector_env)
+        vector_env.close()
+    return Loop([env, *(make_env(args, **env_options) for _ in indices[1:])], indices)
 
 
-def info_of(infos, i: int) -> dict:
+def info_of(infos, i) -> dict:
     """Environment i's own: of a Loop's list, or of gymnasium's arrays [N], where _name tells who has a value."""
     if isinstance(infos, list):
         return infos[i]
-    own = {}
+    own, infos = {}, infos.get("final_info", infos)  # final_info: SAME_STEP's, of the episodes that have ended
     for name, values in infos.items():
         if isinstance(values, np.ndarray) and name[0] != "_" and (f"_{name}" not in infos or infos[f"_{name}"][i]):
             own[name] = values[i]
@@ -396,11 +426,12 @@ class Envs:
     are kept, another process can repeat a running episode.
     """
 
-    def __init__(self, args: Args, indices, **env_options):
+    def __init__(self, args: Args, indices: range, **env_options):
         N = len(indices)
         self.args = args
         self.indices = indices
-        self.vector_env = make_vector_env(args, N, **env_options)
+        self.own = slice(indices.start, indices.stop)  # of the run's environments, those of this process
+        self.vector_env: Any = make_vector_env(args, indices, **env_options)
         self.observation_space = self.vector_env.single_observation_space
         self.action_space = self.vector_env.single_action_space
         self.global_step = 0
@@ -412,7 +443,7 @@ class Envs:
         self.discounted = np.zeros(N)
         self.lengths = np.zeros(N, dtype=np.int64)
         self.history = []  # the last actions [N, A], as drawn, as far back as the longest running episode
-        self.finished = []  # (global_step, return, length, last info) of the episodes that have ended
+        self.finished = []  # (global_step, return, length, numbers in the last info) of the episodes that have ended
         self.reset(np.ones(N, dtype=bool))
 
     def add_note(self, error: Exception):
@@ -439,13 +470,15 @@ class Envs:
             some = np.logical_or.reduceat(self.masks, nvec.cumsum() - nvec, axis=1)
             if not some.all():
                 i, part = np.argwhere(~some)[0]
-                raise ValueError(f"environment {i} has a mask without a valid choice of sub-action {part}")
+                raise ValueError(
+                    f"environment {self.indices[i]} has a mask without a valid choice of sub-action {part}"
+                )
 
     def reset(self, starting: np.ndarray):
         """Begin the next episode where starting, bool [N]."""
         self.episode += starting
         self.returns[starting] = self.discounted[starting] = self.lengths[starting] = 0
-        seeds = [None] * len(starting)
+        seeds: list[int | None] = [None] * len(starting)
         for i in np.flatnonzero(starting):
             key = [self.args.seed, self.indices[i] + 1, self.episode[i]]
             seeds[i] = int(np.random.SeedSequence(key).generate_state(1)[0])
@@ -468,25 +501,29 @@ class Envs:
             raise
         next_obs, rewards = np.array(next_obs, dtype=self.obs_dtype), np.array(rewards, dtype=np.float64)
         terminated, done = np.array(terminated), terminated | truncated
-        self.global_step += len(actions)
+        self.global_step += self.args.num_envs
         self.obs = next_obs
         self.returns += rewards
         self.discounted = discounted = rewards + self.args.gamma * self.discounted
         self.lengths += 1
         self.history.append(actions)
         if done.any():
+            number = (bool, int, float, np.bool_, np.number)
             for i in np.flatnonzero(done):
-                ended = self.global_step, float(self.returns[i]), int(self.lengths[i]), info_of(infos, i)
-                self.finished.append(ended)
+                info = {name: float(value) for name, value in info_of(infos, i).items() if isinstance(value, number)}
+                self.finished.append((self.global_step, float(self.returns[i]), int(self.lengths[i]), info))
             self.obs, self.discounted = next_obs.copy(), discounted.copy()
             self.reset(done)
-            del self.history[: len(self.history) - self.lengths.max()]
+            del self.history[: len(self.history) - max(self.lengths.max(), 1)]
         return dict(next_obs=next_obs, rewards=rewards, discounted=discounted, terminated=terminated, done=done)
 
     def state_dict(self) -> dict:
+        """Tensors [N, ...]; but for history, [lengths.sum(), A], the actions of one running episode after another."""
         state = {name: torch.tensor(getattr(self, name)) for name in ("obs", "episode", "returns", "lengths")}
-        history = np.array(self.history[len(self.history) - self.lengths.max() :])
-        return {**state, "history": torch.from_numpy(history), "global_step": self.global_step}
+        history = np.array(self.history)
+        running = [history[len(history) - length :, i] for i, length in enumerate(self.lengths)]
+        state["history"] = torch.from_numpy(np.concatenate(running))
+        return {**state, "global_step": torch.full([len(running)], self.global_step)}
 
     def depends_on_more(self) -> bool:
         """Whether an episode depends on more than its seed and actions: used environments and new ones differ within
@@ -512,15 +549,16 @@ class Envs:
                 continue
         return generators() != before
 
-    def load_state_dict(self, state: dict):
-        """Repeat the running episodes. Where one does not come out as it was, in observation and return, or where the
-        environment depends on more than seed and actions, it starts anew, and a notice says so."""
-        names = ("obs", "episode", "returns", "lengths")
-        obs, episode, returns, lengths = (state[name].numpy() for name in names)
-        history, N, L = state["history"].numpy(), len(self.obs), len(state["history"])
-        if any(state[name].shape != getattr(self, name).shape for name in names) or L != lengths.max():
+    def load_state_dict(self, state: dict) -> np.ndarray:
+        """Repeat the running episodes. bool [N]: where one does not come out as it was, in observation and return, or
+        where the environment depends on more than seed and actions; there it starts anew."""
+        names, N = ("obs", "episode", "returns", "lengths"), len(self.obs)
+        obs, episode, returns, lengths = (state[name].numpy()[self.own] for name in names)
+        if len(state["obs"]) != self.args.num_envs or obs.shape != self.obs.shape:
             raise ValueError("another number of environments, or another shape of observations")
-        different = np.full(N, self.depends_on_more())
+        history = nn.utils.rnn.pad_sequence(state["history"].split(state["lengths"].tolist())[self.own]).numpy()
+        L = len(history)
+        different = np.full(N, isinstance(self.vector_env, SameStep) or self.depends_on_more())
 
         def start(again: np.ndarray):
             self.episode[again] = episode[again] - 1
@@ -528,24 +566,22 @@ class Envs:
                 self.reset(again)
 
         try:
-            for t in range(L):  # all step together; where an episode is shorter than L, its beginning fills the rest
+            for t in range(L if not different.all() else 0):
+                # All step together. Where an episode is shorter than L, its beginning fills the time until it starts.
                 idle = L - lengths
                 phase = (t - np.where(t < idle, 0, idle)) % np.maximum(lengths, 1)
                 start(phase == 0)
-                self.step(history[np.minimum(idle + phase, L - 1), np.arange(N)])
+                self.step(history[phase, np.arange(N)])
             start(lengths == 0)
         except Exception:  # of an episode that went another way
             different[:] = True
         different |= (self.obs != obs).reshape(N, -1).any(1) | (self.returns != returns) | (self.episode != episode)
-        self.global_step, self.history = state["global_step"], list(history)
+        self.global_step = int(state["global_step"][0])
         self.finished.clear()
+        self.episode[different] = episode[different]
         if different.any():
-            self.episode[different] = episode[different]
             self.reset(different)
-            which = f"the episodes of environments {np.array(self.indices)[different].tolist()} start again"
-            notice(
-                f"{which}: {self.args.env_id} does not repeat them exactly, so the run differs from one never stopped"
-            )
+        return different
 
 
 # ===== Agent ==========================================================================================================
@@ -556,11 +592,11 @@ class RunningMeanStd(nn.Module):
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros(shape))  # mean and 1 / std in the networks' float32
-        self.register_buffer("scale", torch.ones(shape))
+        self.mean = nn.Buffer(torch.zeros(shape, dtype=torch.float64))
+        self.var = nn.Buffer(torch.ones(shape, dtype=torch.float64))
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
+        self.shift = nn.Buffer(torch.zeros(shape))  # mean and 1 / std in the networks' float32
+        self.scale = nn.Buffer(torch.ones(shape))
 
     @torch.no_grad()
     def update(self, x: torch.Tensor):
@@ -712,7 +748,7 @@ def layer_init(inputs: int, outputs: int, std: float = math.sqrt(2), bias: float
     return layer
 
 
-def conv_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+def conv_init(layer, std: float = math.sqrt(2)):
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer
@@ -743,6 +779,9 @@ class Agent(nn.Module):
 
     acts_on_cpu = True  # also where a GPU learns: for a few rows the GPU takes longer
     steps_at_once = 256  # of a rollout, that go through the networks
+    policy: Any  # the classes below have them
+    noise: Any
+    critic: Any
 
     def __init__(self, obs_shape: tuple, args: Args):
         super().__init__()
@@ -813,6 +852,8 @@ class MicroRTSAgent(Agent):
 
     acts_on_cpu = False
     steps_at_once = 16  # 78 logits a cell, for all steps at once, take gigabytes
+    trunk: Any  # the classes below have them
+    orders: Any
 
     def __init__(self, envs: Envs, args: Args):
         super().__init__((), args)  # the mean and variance of all planes, of which no use is made
@@ -821,7 +862,7 @@ class MicroRTSAgent(Agent):
         self.cells = math.prod(self.size)
         cells = torch.cartesian_prod(*map(torch.arange, self.plane_sizes))  # all that there can be, in order
         one_hot = [nn.functional.one_hot(column, n) for column, n in zip(cells.unbind(1), self.plane_sizes)]
-        self.register_buffer("one_hot", torch.cat(one_hot, 1).float(), persistent=False)
+        self.one_hot = nn.Buffer(torch.cat(one_hot, 1).float(), persistent=False)
 
     def normalize(self, obs: torch.Tensor) -> torch.Tensor:
         """Planes [..., P, h, w] to one-hot planes [B, K, h, w]. A cell's values number its row in the table of all
@@ -925,7 +966,7 @@ def rollout(envs: Envs, agent: Agent, args: Args) -> dict:
     steps, rows = [], {}
     try:
         for _ in range(args.num_steps):
-            actions = act(envs, agent, agent.noise(args.num_envs))
+            actions = act(envs, agent, agent.noise(args.num_envs)[envs.own])
             steps.append({"obs": envs.obs, "masks": envs.masks, "actions": actions})
             steps[-1] |= envs.step(actions)
         rows = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
@@ -1120,7 +1161,7 @@ def compile_update(agent: Agent, optimizer: dict, learning_rate, batch: dict, ar
     if not args.compile:
         return plain
     if learning_rate.is_cuda:
-        options = {"triton.cudagraphs": True}
+        options: dict[str, Any] = {"triton.cudagraphs": True}
     else:  # the least overhead a call; no precompiled header (4 s), no probes of the CPU (6 s): half the cold start
         options = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True}
     options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe  # agent and args stay as they are
@@ -1178,6 +1219,75 @@ def update(run_steps, agent: Agent, optimizer: dict, learning_rate, batch: dict,
     return dict(zip(names, torch.stack(means).mean(0).tolist()))
 
 
+# ===== Processes ======================================================================================================
+#
+# torchrun --nproc-per-node 4 SCRIPT: rank 0 runs main(); the others run work(), which only steps their share of the
+# environments, with a copy of the agent. Seeds and noise belong to an environment, whichever process has it, so the
+# number of processes is a setting of the machine, not of the run: the run ends with the same bits.
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # which torchrun sets
+
+
+def share(args: Args) -> range:
+    """The indices of this process's environments."""
+    return range(RANK * args.num_envs // WORLD_SIZE, (RANK + 1) * args.num_envs // WORLD_SIZE)
+
+
+def exchange(transfer, box: list, rank: int):
+    """Send or receive what is in the box; ConnectionError where the other process has ended."""
+    try:
+        transfer(box, rank)
+        return box[0]
+    except RuntimeError:
+        raise ConnectionError(f"rank {rank} of {WORLD_SIZE} was lost") from None
+
+
+def everywhere(function, envs, *inputs) -> list:
+    """What function(envs, *inputs) returns in each process, by rank; each has its own environments."""
+    others = range(1, WORLD_SIZE)
+    for rank in others:
+        exchange(dist.send_object_list, [(function, envs.args, inputs)], rank)
+    return [function(envs, *inputs), *(exchange(dist.recv_object_list, [None], rank) for rank in others)]
+
+
+def work():
+    """Do what rank 0 asks for, until it ends."""
+    envs = None
+    try:
+        while True:
+            function, args, inputs = exchange(dist.recv_object_list, [None], 0)
+            if envs is None:
+                torch.set_num_threads(args.torch_threads)
+                np.random.seed([args.seed, RANK])  # for environments that draw from the process's own generators
+                random.seed(f"{args.seed} {RANK}")
+                envs = Envs(args, share(args))
+            exchange(dist.send_object_list, [function(envs, *inputs)], 0)
+    except ConnectionError as error:
+        if hasattr(error, "__notes__"):  # an environment's own
+            raise
+    except FloatingPointError as error:
+        fail(str(error), status=1)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def sample(envs: Envs, rng: torch.Tensor, *inputs):
+    """A process's share of rows, as arrays, which travel faster, and the episodes that ended in them."""
+    torch.set_rng_state(rng)
+    rows = {name: tensor.numpy() for name, tensor in rollout(envs, *inputs).items()}
+    finished, envs.finished = envs.finished, []
+    return rows, finished
+
+
+def rollout_everywhere(envs: Envs, *inputs) -> dict:
+    """rollout(envs, *inputs) by all processes: rows [T, N, ...] of all environments."""
+    if WORLD_SIZE == 1:
+        return rollout(envs, *inputs)
+    shares = everywhere(sample, envs, torch.get_rng_state(), *inputs)
+    envs.finished = sorted((episode for _, finished in shares for episode in finished), key=lambda episode: episode[0])
+    return {name: torch.from_numpy(np.concatenate([rows[name] for rows, _ in shares], 1)) for name in shares[0][0]}
+
+
 # ===== main ===========================================================================================================
 #
 # checkpoint.pt holds all that the rest of a run depends on. To resume is to load it and to repeat the running episodes;
@@ -1205,7 +1315,9 @@ def replace_file(path: Path, content):
 def save(run_dir: Path, agent: Agent, optimizer: dict, envs: Envs, progress: dict):
     """Write episodes.csv, checkpoint.pt, what --resume needs, and model.pt, what --eval needs."""
     model, rng = agent.state_dict(), torch.get_rng_state()
-    checkpoint = {"agent": model, "optimizer": optimizer, "envs": envs.state_dict(), "rng": rng, "progress": progress}
+    states = everywhere(Envs.state_dict, envs)
+    envs_state = {name: torch.cat([state[name] for state in states]) for name in states[0]}
+    checkpoint = {"agent": model, "optimizer": optimizer, "envs": envs_state, "rng": rng, "progress": progress}
     replace_file(run_dir / "episodes.csv", progress["episodes"])
     replace_file(run_dir / "checkpoint.pt", checkpoint)
     replace_file(run_dir / "model.pt", model)
@@ -1225,7 +1337,10 @@ def load(path: Path, agent: Agent, optimizer=None, envs=None, progress=None):
             if saved["progress"].keys() != progress.keys():
                 raise ValueError(f"another script's progress, {', '.join(saved['progress'])}")
             progress.update(saved["progress"])
-            envs.load_state_dict(saved["envs"])
+            again = np.concatenate(everywhere(Envs.load_state_dict, envs, saved["envs"]))
+            if again.any():
+                which = f"the episodes of environments {np.flatnonzero(again).tolist()} start again: {envs.args.env_id}"
+                notice(f"{which} does not repeat them exactly, so the run differs from one never stopped")
             torch.set_rng_state(saved["rng"])
     except Exception as error:
         if hasattr(error, "__notes__"):  # an environment's own
@@ -1243,6 +1358,7 @@ def create_run(args: Args) -> Path:
         "python": sys.version.split()[0],
         "versions": {package.name: package.version for package in importlib.metadata.distributions()},
         "device": torch.cuda.get_device_name() if args.device != "cpu" and torch.cuda.is_available() else "cpu",
+        "processes": WORLD_SIZE,
         "git_commit": subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.strip(),
     }
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
@@ -1278,8 +1394,7 @@ def episode_means(finished: list) -> dict:
     columns = {}
     for _, episodic_return, length, info in finished:
         for name, value in {**info, "episodic_return": episodic_return, "episodic_length": length}.items():
-            if isinstance(value, (bool, int, float, np.bool_, np.number)):
-                columns.setdefault(name, []).append(float(value))
+            columns.setdefault(name, []).append(value)
     return {name: float(np.mean(values)) for name, values in columns.items()}
 
 
@@ -1287,7 +1402,7 @@ def episode_means(finished: list) -> dict:
 def evaluate(agent: Agent, args: Args, run_dir: Path) -> list:
     """Episodes, as in Envs.finished; the statistics stand still. Films, if any, go to the run's folder."""
     video_dir = run_dir / "videos" / str(int(time.time())) if args.capture_video else None
-    envs = Envs(args, [-1], evaluation=True, video_dir=video_dir)
+    envs = Envs(replace(args, num_envs=1), range(-1, 0), evaluation=True, video_dir=video_dir)
     rng = torch.get_rng_state()
     for number in tqdm(range(args.eval_episodes), "evaluation", leave=False, disable=None):  # None: on a terminal only
         while len(envs.finished) == number:
@@ -1334,7 +1449,8 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
     saved_at = time.monotonic()
     size = f"{iterations * batch_size:,} steps, {iterations} x {args.num_envs} x {args.num_steps}"
     masks = f", masks from {envs.mask_source}" if envs.mask_source else ""
-    print(f"{run_dir}: {size}, {device}{masks}", flush=True)
+    processes = f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
+    print(f"{run_dir}: {size}, {device}{processes}{masks}", flush=True)
     options = {"unit": " steps", "unit_scale": batch_size, "mininterval": 0.2 if sys.stderr.isatty() else 10}
     start = progress["iteration"]
     bar = tqdm(range(start + 1, iterations + 1), total=iterations, initial=start, **options)
@@ -1362,7 +1478,7 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
             started = time.perf_counter()
             if args.anneal_lr:
                 learning_rate.fill_(args.learning_rate * (1 - (iteration - 1) / iterations))
-            rows = rollout(envs, cpu_agent, args)
+            rows = rollout_everywhere(envs, cpu_agent, args)
             no_statistics = agent.obs_rms.count == 0
             if no_statistics:  # else the first update would learn on inputs of another scale
                 agent.obs_rms.update(rows["obs"])
@@ -1423,14 +1539,17 @@ def main(args: Args):
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(args.seed)
-    envs = Envs(args, range(args.num_envs if args.eval is None else 1))
+    envs = Envs(args, share(args) if args.eval is None else range(1))
+    loop = isinstance(envs.vector_env, Loop) and args.eval is None
+    if loop and envs.vector_env.envs[0].spec.vector_entry_point is not None:
+        notice(f"one by one: the batch of {args.env_id} hides an episode's last observation, or its spaces differ")
     if isinstance(envs.action_space, gym.spaces.Box) and not args.rescale_actions:
         low, high = envs.action_space.low, envs.action_space.high
         if not ((-10 <= low) & (low <= -0.1) & (0.1 <= high) & (high <= 10)).all():
             notice(f"the policy starts around [-1, 1], actions lie in {envs.action_space}: see --rescale-actions")
     agent = make_agent(envs, args).to(device)
     progress = {"iteration": 0, "seconds": 0.0, "episodes": "global_step,return,length\n", "best_return": -math.inf}
-    model = args.eval if args.eval is not None else args.init_from
+    model: Any = args.eval if args.eval is not None else args.init_from
     resumed = args.resume is not None and (Path(args.resume) / "checkpoint.pt").exists()
     if model is not None and not resumed:
         model = Path(model) if model.endswith(".pt") else Path(model) / "model.pt"
@@ -1462,7 +1581,7 @@ def main(args: Args):
     except (FloatingPointError, OSError) as error:
         if hasattr(error, "__notes__"):  # an environment's own
             raise
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, ConnectionError):
             fail(f"{run_dir or args.runs_dir}: {error}")
         fail(f"{error}; a checkpoint in {run_dir} is from before", status=1)
     finally:
@@ -1470,4 +1589,6 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    if WORLD_SIZE > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=365))  # rank 0 may evaluate for long
+    main(parse_args()) if RANK == 0 else work()

@@ -33,7 +33,7 @@ WITH_MASKS = {
     "hppo_hybrid.py": "ActionMask hidden_layers",
 }
 BUDGET = {"ppo_klpen.py": 65}  # lines that a script may change in all
-SECTIONS = "Header, Args, Environments, Agent, Rollout, Advantages, Loss, Update, main".split(", ")
+SECTIONS = "Header, Args, Environments, Agent, Rollout, Advantages, Loss, Update, Processes, main".split(", ")
 
 
 def split(path: Path) -> dict[str, str]:
