@@ -141,8 +141,8 @@ def test_new_runs_join_the_committed_ones_and_the_same_runs_give_the_same_bytes(
 
 
 def test_a_block_goes_into_every_document_that_has_one_with_its_own_relative_links(copy):
-    for name in ("README.md", "docs/a.md", "docs/b.md"):
-        (copy / name).parent.mkdir(exist_ok=True)
+    shutil.rmtree(copy / "docs", ignore_errors=True)
+    (copy / "docs").mkdir()
     (copy / "README.md").write_text("before\n<!-- begin vmpo_paper -->\n<!-- end vmpo_paper -->\nafter\n")
     (copy / "docs/a.md").write_text(
         "<!-- begin vmpo_paper: told -->\nold\n<!-- end vmpo_paper -->\n<!-- begin vmpo -->\n"
