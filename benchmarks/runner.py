@@ -3,13 +3,14 @@
     benchmarks/ppo_table1.sh                # prints such lines into this program
     echo 'python ppo_klpen.py --env-id Hopper-v4 --seed 1' | python benchmarks/runner.py --name try --jobs 2
 
-Every command has a folder of its own, runs/NAME/{words of the command}__{hash}, a function of the command alone. It
-holds `log`, what the run printed, and the run's own folder. A run is finished when that has a result.json with the
-evaluation in it and was started by this very command, or when the committed results/NAME.csv has a row for it (--fresh
-runs it all the same). Finished runs are skipped, others resumed from their last checkpoint. A lock in each folder,
-which the training process inherits, keeps a second runner from running the same thing; it takes what is left, then
-waits for the first. Exit status: 0 when all are finished, 1 when one failed (the end of its log is shown), 2 for wrong
-input, 130 when stopped.
+Every command has a folder of its own, runs/NAME/{script and flags}__{hash}. The hash, a function of the command alone,
+finds it again; the rest is for the eye, in TensorBoard (--logdir runs/NAME) before the name of the run's own folder,
+which has environment, experiment and seed. It holds that folder and `log`, what the run printed. A run is finished when
+it has a result.json with the evaluation in it and was started by this very command, or when the committed
+results/NAME.csv has a row for it (--fresh runs it all the same). Finished runs are skipped, others resumed from their
+last checkpoint. A lock in each folder, which the training process inherits, keeps a second runner from running the same
+thing; it takes what is left, then waits for the first. Exit status: 0 when all are finished, 1 when one failed (the end
+of its log is shown), 2 for wrong input, 130 when stopped.
 
 With --cluster the same commands become tasks of a Ray cluster, one each. Their folders are copied here whenever there
 is a new checkpoint, so a lost worker costs what it did since then. The nodes need this folder's requirements.txt.
@@ -54,7 +55,7 @@ class Args:
     jobs: int = 2
     """trainings at a time on this machine, one torch thread each"""
     report: bool = False
-    """afterwards make results, figures and the README's block of what is finished: report.py NAME"""
+    """afterwards make a report of what is finished: report.py NAME"""
     fresh: bool = False
     """run, too, what the committed results have"""
     dry_run: bool = False
@@ -96,9 +97,25 @@ class Run:
 
     def __init__(self, words: list[str], parent: Path):
         self.command, self.flags, self.script = shlex.join(words), words[2:], Path(words[1])
-        readable = re.sub(r"[^\w.-]+", "_", " ".join(words[1:]).replace("--", ""))[:100]
-        self.home = parent / f"{readable}__{hashlib.sha256(self.command.encode()).hexdigest()[:10]}"
+        end = f"__{hashlib.sha256(self.command.encode()).hexdigest()[:10]}"
+        known = sorted(parent.glob(f"*{end}"))  # under whatever name it was begun
+        self.home = known[0] if known else parent / f"{self.readable()}{end}"
         self.lock = None
+
+    def readable(self, most: int = 60) -> str:
+        """ppo_klpen,kl-target=0.003,no-anneal-lr: the flags that the run's own folder does not name, from the last on,
+        since a sweep's commands differ at their ends; as many as fit."""
+        text = self.script.stem
+        for flag in reversed(re.split(r"(?:^|\s)--", " ".join(self.flags))[1:]):
+            name, _, value = flag.replace("=", " ", 1).partition(" ")
+            name, value = name.replace("_", "-"), re.sub(r"[^\w.-]+", "_", value).strip("_")
+            if name in ("env-id", "exp-name", "seed", "device"):
+                continue
+            flag = f",{name}={value}" if value else f",{name}"
+            if len(text + flag) > most:
+                break
+            text += flag
+        return text
 
     def folder(self) -> Path | None:
         """The run's own folder, once there is one. Raises ValueError for one that another command made."""
@@ -378,7 +395,13 @@ def main(args: Args):
                 print(f"{state:9}{run.command}")
             print(f"{len(left)} of {len(runs)} runs to go")
             return
+        if args.report:
+            import report
+
+            report.check(args.name)
         (args.runs / args.name).mkdir(parents=True, exist_ok=True)
+    except ImportError as error:
+        fail(f"--report: {error}; pip install -r benchmarks/requirements.txt")
     except (OSError, ValueError) as error:
         fail(str(error))
     task = connect(args) if args.cluster else None
@@ -415,8 +438,8 @@ def main(args: Args):
         show(failed)
     for run in failed:
         print(f"failed: {run.command}\n  the end of {run.home / 'log'}:\n{run.log_end()}", file=sys.stderr)
-    report = [sys.executable, HERE / "report.py", args.name, "--runs", args.runs]
-    if args.report and subprocess.run(report).returncode or failed:
+    command = [sys.executable, HERE / "report.py", args.name, "--runs", args.runs]
+    if args.report and subprocess.run(command).returncode or failed:
         raise SystemExit(1)
 
 

@@ -1,21 +1,28 @@
-"""From runs to the README's tables: the numbers, and the same bytes each time."""
+"""From runs to the tables of README.md and docs: the numbers, and the same bytes each time."""
 
 import gzip
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
+import tyro
 from matplotlib.image import imread
 from moviepy import ImageSequenceClip
 
 ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import report  # noqa: E402
+from conftest import snapshot  # noqa: E402
 
 
 def write_run(folder: Path, setting: str, env_id: str, seed: int, steps, returns, total: int):
@@ -23,7 +30,7 @@ def write_run(folder: Path, setting: str, env_id: str, seed: int, steps, returns
     folder.mkdir(parents=True)
     flags = ["--env-id", env_id, "--seed", str(seed), "--exp-name", setting, "--runs-dir", str(folder.parent)]
     config = {
-        "args": {"exp_name": setting, "env_id": env_id, "seed": seed, "backend": "gymnasium"},
+        "args": {"exp_name": setting, "env_id": env_id, "seed": seed, "backend": "gymnasium", "total_timesteps": total},
         "command": ["/somewhere/ppo_continuous.py", *flags],
         "versions": {"torch": "2.13.0"},
         "device": "cpu",
@@ -38,8 +45,8 @@ def write_run(folder: Path, setting: str, env_id: str, seed: int, steps, returns
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """The repository's benchmarks and README, to write in."""
-    for name in ("README.md", "benchmarks/report.py"):
+    """The repository's benchmarks and documents, to write in."""
+    for name in ("README.md", "benchmarks/report.py", "benchmarks/plot.py", *(f"docs/{p.name}" for p in DOCS)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     for name in ("results", "figures"):
@@ -47,9 +54,17 @@ def copy(tmp_path) -> Path:
     return tmp_path
 
 
-def run_report(copy: Path, *argv) -> subprocess.CompletedProcess:
-    command = [sys.executable, copy / "benchmarks/report.py", *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True)
+def run_report(copy: Path, *argv) -> SimpleNamespace:
+    """As a process of its own, without the seconds that its imports take."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(report, "HERE", copy / "benchmarks")
+        patch.setattr(report, "ROOT", copy)
+        try:
+            report.main(tyro.cli(report.Args, args=list(map(str, argv))))
+        except SystemExit as stop:
+            status = stop.code
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def test_a_row_and_its_curve_are_those_of_the_episodes(tmp_path):
@@ -60,7 +75,7 @@ def test_a_row_and_its_curve_are_those_of_the_episodes(tmp_path):
     assert (row["seed"], row["sps"], row["eval_return"]) == ("3", "1000", "1.500")
     assert row["command"] == "python ppo_continuous.py --env-id Hopper-v4 --seed 3 --exp-name a"
     points = list(curve.values())[3:]
-    assert len(points) == report.POINTS
+    assert len(points) == report.plot.POINTS
     for k in (0, 99, 199):  # a point is the mean of the episodes in the 400 steps up to it
         end = (k + 1) * 100
         inside = [s / 10 for s in steps if end - 400 < s <= end]
@@ -111,7 +126,8 @@ def test_new_runs_join_the_committed_ones_and_the_same_runs_give_the_same_bytes(
             add(setting, "Hopper-v4", seed)
     assert run_report(copy, "ppo_table1", "--runs", copy / "runs").returncode == 0
     first = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    assert run_report(copy, "ppo_table1", "--runs", copy / "runs").returncode == 0
+    command = [sys.executable, "-B", copy / "benchmarks/report.py", "ppo_table1", "--runs", copy / "runs"]
+    assert subprocess.run(command).returncode == 0  # in another process
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == first
 
     shutil.rmtree(copy / "runs")  # as on another machine: the committed rows stay
@@ -120,17 +136,38 @@ def test_new_runs_join_the_committed_ones_and_the_same_runs_give_the_same_bytes(
     assert done.stdout == "ppo_table1: 9 runs\n"
     rows = (results / "ppo_table1.csv").read_text().splitlines()
     assert len(rows) == 10 and len(gzip.open(results / "ppo_table1_curves.csv.gz").readlines()) == 10
-    readme = (copy / "README.md").read_text()
-    assert "| clip-0.1 | 0.76 |" in readme and "| 1 of 21 |" in readme
-    assert not {line for line in (ROOT / "README.md").read_text().split("<!--")[0].splitlines()} - {
-        *readme.splitlines()
-    }  # what stands outside the block is as it was
+    text = "".join(path.read_text() for path in (copy / "README.md", *copy.glob("docs/*.md")))
+    assert "| clip-0.1 | 0.76 |" in text and "| 1 of 21 |" in text
 
 
-def test_the_readme_has_a_block_for_each_report_and_a_sweep_writes_it():
-    readme = (ROOT / "README.md").read_text()
-    for name in report.REPORTS:
-        assert report.replace_block(readme, name, "new").count("new\n<!-- end") == 1
+def test_a_block_goes_into_every_document_that_has_one_with_its_own_relative_links(copy):
+    shutil.rmtree(copy / "docs", ignore_errors=True)
+    (copy / "docs").mkdir()
+    (copy / "README.md").write_text("before\n<!-- begin vmpo_paper -->\n<!-- end vmpo_paper -->\nafter\n")
+    (copy / "docs/a.md").write_text(
+        "<!-- begin vmpo_paper: told -->\nold\n<!-- end vmpo_paper -->\n<!-- begin vmpo -->\n"
+    )
+    (copy / "docs/b.md").write_text("nothing\n")
+    done = run_report(copy, "vmpo_paper", "--runs", copy / "none")
+    assert done.returncode == 0, done.stderr
+    readme, page = (copy / "README.md").read_text(), (copy / "docs/a.md").read_text()
+    assert readme.startswith("before\n<!-- begin vmpo_paper -->\n| the paper's settings |")
+    assert readme.endswith("(benchmarks/figures/vmpo_paper.png)\n<!-- end vmpo_paper -->\nafter\n")
+    assert "(../benchmarks/figures/vmpo_paper.png)\n<!-- end vmpo_paper -->\n<!-- begin vmpo -->\n" in page
+    assert page.startswith("<!-- begin vmpo_paper: told -->\n| the paper's") and "old" not in page.partition("\n")[2]
+    assert (copy / "docs/b.md").read_text() == "nothing\n"
+
+    for name, says in (("hppo", f"{copy}/docs/a.md: needs "), ("vmpo", "has <!-- begin vmpo -->")):
+        (copy / "docs/a.md").write_text("<!-- begin hppo -->\n")
+        before = snapshot(copy)
+        done = run_report(copy, name, "--runs", copy / "none")
+        assert (done.returncode, done.stderr.count("\n"), snapshot(copy) == before) == (2, 1, True)
+        assert done.stderr.startswith("error: ") and says in done.stderr
+
+
+def test_each_sweep_has_a_report():
+    for function in report.SWEEPS:
+        name = function.__name__
         assert f"runner.py --name {name} --report " in (ROOT / f"benchmarks/{name}.sh").read_text()
 
 
@@ -144,9 +181,9 @@ def test_table_1_s_scores_are_those_worked_out_by_hand(tmp_path, monkeypatch):
         *(("clip-0.2", "A", 1, 20), ("clip-0.2", "A", 2, 30), ("clip-0.2", "B", 1, -40), ("clip-0.2", "B", 2, -42.5)),
     ]:
         key = {"setting": setting, "env_id": env_id, "seed": str(seed)}
-        rows.append({**key, "score": str(score), "steps": "1000"})
-        curves.append({**key, **{str(k): str(score) for k in range(report.POINTS)}})
-    text = report.ppo_table1(rows, curves, tmp_path)
+        rows.append({**key, "score": score, "steps": 1000})
+        curves.append({**key, **dict.fromkeys(map(str, report.GRID), score)})
+    text = report.ppo_table1(pd.DataFrame(rows), pd.DataFrame(curves))
     # A: random 10, best 30; B: random -50, best -40. So none has 0, -.25, .5, -.5, and clip-0.2 has .5, 1, 1, .75; the
     # middle half of four is two; an interval of two runs is between both being the worse and both the better.
     assert "| none | -0.39 | -0.06 [-0.38, 0.25] | -0.12 [-0.38, 0.25] | 4 of 21 |" in text
@@ -156,49 +193,58 @@ def test_table_1_s_scores_are_those_worked_out_by_hand(tmp_path, monkeypatch):
 
 def test_the_changes_to_table_1_stand_below_its_own_results(tmp_path, monkeypatch):
     def row(setting, env_id, score):
-        return {"setting": setting, "env_id": env_id, "score": str(score)}
+        return {"setting": setting, "env_id": env_id, "seed": 1, "score": score}
 
     (tmp_path / "results").mkdir()
     (tmp_path / "results/random_policy.csv").write_text("env_id,mean\nA,0.0\nB,-10.0\n")
     monkeypatch.setattr(report, "HERE", tmp_path)
     table1 = [row("clip-0.2", "A", 2), row("clip-0.2", "A", 6), row("none", "A", 9), row("fixed-3", "A", 20)]
     table1 += [row("clip-0.2", "B", -5), row("clip-0.2", "B", -5), row("fixed-3", "B", 0)]
-    report.write_csv(tmp_path / "results/ppo_table1.csv", table1)
+    for end in (".csv", "_curves.csv.gz"):
+        report.write_csv(tmp_path / f"results/ppo_table1{end}", table1)
     rows = [row("clip-0.2-annealed", "A", 16), row("clip-0.2-annealed", "A", 16), row("fixed-3-annealed", "A", 8)]
     # A from 0 to 20, B from -10 to 0: clip-0.2 has .1, .3 and .5, .5; annealed .8, .8 and the same .5, .5
-    assert report.ppo_table1_order(rows, [], tmp_path).splitlines() == [
+    assert report.ppo_table1_order(pd.DataFrame(rows), None).splitlines() == [
         "| changed | objective | A | score of Table 1 with these |",
         "|---|---|---|---|",
         "| nothing | clip-0.2 | 4 ± 2 | 0.35 [0.30, 0.40] |",
         "| nothing | adaptive-0.01 | - | - |",
-        "| nothing | fixed-3 | 20 ± 0 | 1.00 |",
+        "| nothing | fixed-3 | 20 | 1.00 |",
         "| annealed | clip-0.2 | 16 ± 0 | 0.65 [0.65, 0.65] |",
         "| annealed | adaptive-0.01 | - | - |",
-        "| annealed | fixed-3 | 8 ± 0 | 0.70 |",
+        "| annealed | fixed-3 | 8 | 0.70 |",
     ]
 
 
-def test_a_real_run_of_another_script_has_a_row_and_a_table(tmp_path):
+def test_a_real_run_of_another_script_has_a_row_and_a_table(tmp_path, monkeypatch):
     """hppo_hybrid.py has no --backend, and its evaluation has a rate of success."""
     import hppo_hybrid
 
     flags = "--num-envs 4 --num-steps 64 --num-minibatches 2 --total-timesteps 2048 --eval-episodes 2 --no-compile"
     flags = f"{flags} --env-id environments.hybrid:HybridMoving-v0 --exp-name separate-chosen --runs-dir {tmp_path}"
     hppo_hybrid.main(hppo_hybrid.parse_args(flags.split()))
+    monkeypatch.setattr(report, "HERE", tmp_path)
     row, curve = report.read_run(next(tmp_path.iterdir()))
     assert row["eval_success"] in ("0.0000", "0.5000", "1.0000")
-    longer = [{**x, "setting": "separate-chosen-10M"} for x in (row, curve)]  # has a line and an axis of its own
-    text = report.hppo([row, longer[0]], [curve, longer[1]], tmp_path / "figures")
+    both = []
+    for name, one in (("rows", row), ("curves", curve)):  # as from a file; 10M has a line and a panel of its own
+        report.write_csv(tmp_path / f"{name}.csv", [one, {**one, "setting": "separate-chosen-10M"}])
+        both.append(pd.read_csv(tmp_path / f"{name}.csv"))
+    text = report.hppo(*both)
     assert "| HybridMoving-v0 | 0.0M |" in text and "| HybridMoving-v0, 10M | 0.0M |" in text
     assert (tmp_path / "figures/hppo_curves.png").exists()
 
 
-def test_the_tournament_has_a_column_for_each_bot_and_the_mean_over_the_seeds():
-    rows = [
+def test_the_tournament_has_a_column_for_each_bot_and_the_mean_over_the_seeds(tmp_path, monkeypatch):
+    matches = [
         {"setting": "joint-0.2", "env_id": "M", "seed": seed, "opponent": bot, "win_rate": rate}
-        for seed, bot, rate in [("1", "coacAI", "0.900"), ("2", "coacAI", "1.000"), ("1", "passiveAI", "0.500")]
+        for seed, bot, rate in [(1, "coacAI", 0.9), (2, "coacAI", 1), (1, "passiveAI", 0.5), (3, "coacAI", 0)]
     ]
-    head, _, line, _ = report.tournament(rows)
+    (tmp_path / "results").mkdir()
+    report.write_csv(tmp_path / "results/microrts_tournament.csv", matches)
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    (table,) = report.tournament(pd.DataFrame(matches[:2])[["setting", "env_id", "seed"]])  # seed 3 is not among them
+    head, _, line = table.splitlines()
     assert head == "| M: wins, %, against | coacAI | passiveAI |"
     assert line == "| joint-0.2 | 95 [90, 100] | 50 |"
 
@@ -206,89 +252,128 @@ def test_the_tournament_has_a_column_for_each_bot_and_the_mean_over_the_seeds():
 def test_a_loss_stands_beside_joint_by_the_ratio_of_their_means_in_each_environment():
     scores = {("joint", "A"): (100, 300), ("joint", "B"): (10, 10), ("mix-loss", "A"): (300, 500)}
     scores[("mix-loss", "B")] = (5, 15)
-    rows = [{"setting": s, "env_id": e, "score": str(v)} for (s, e), values in scores.items() for v in values]
+    rows = pd.DataFrame([{"setting": s, "env_id": e, "score": v} for (s, e), values in scores.items() for v in values])
     assert report.gain(rows, "joint", "joint", "AB") == "1"
     assert report.gain(rows, "separate", "joint", "AB") == "-"
     # A: 400 / 200, B: 10 / 10. Both are resampled: at the ends 300 / 300 and 5 / 10, 500 / 100 and 15 / 10.
     value, low, high = map(float, re.findall(r"[\d.]+", report.gain(rows, "mix-loss", "joint", "AB")))
     assert value == 1.5 and 0.75 <= low < 1.5 < high <= 3.25
-    assert report.gain([r for r in rows if r["score"] != "300"], "mix-loss", "joint", "AB") == "3.00"  # single runs
+    assert report.gain(rows[rows.score != 300], "mix-loss", "joint", "AB") == "3.00"  # single runs
 
 
 def test_microrts_has_a_panel_for_each_clip_range_and_the_area_under_the_curves(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(report, "curves_figure", lambda curves, *_: drawn.update(curves=curves))
-    keys = [{"setting": s, "env_id": "M-basesWorkers", "seed": "1"} for s in ("joint-0", "joint-0.2", "mix-loss-0.2")]
-    rows = [{**k, "score": "30", "win_rate": "0.25", "eval_success": "0.5000"} for k in keys]
-    curves = [{**k, "0.500": "", "1.000": "20"} for k in keys[:2]] + [{**keys[2], "0.500": "1", "1.000": "2"}]
-    text = report.joint_loss_microrts(rows, curves, tmp_path).splitlines()
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(report, "curves_figure", lambda rows, curves, *_: drawn.update(curves=curves))
+    keys = [{"setting": s, "env_id": "M-basesWorkers", "seed": 1} for s in ("joint-0", "joint-0.2", "mix-loss-0.2")]
+    rows = [{**k, "score": 30, "win_rate": 0.25, "eval_success": 0.5} for k in keys]
+    curves = [{**k, "0.500": None, "1.000": 20} for k in keys[:2]] + [{**keys[2], "0.500": 1, "1.000": 2}]
+    text = report.joint_loss_microrts(pd.DataFrame(rows), pd.DataFrame(curves)).splitlines()
     assert "| joint-0.2 | 20.0 | 30.0 | 25 | 50 | 1 |" in text and "| mix-loss-0.2 | 1.5 | 30.0 | 25 | 50 | 1 |" in text
-    panels = [(curve["env_id"], curve["setting"]) for curve in drawn["curves"]]
-    assert panels == [("M, clip 0.2", "joint"), ("M, clip 0.2", "mix-loss"), ("M, no clip", "joint")]
+    panels = set(zip(drawn["curves"].env_id, drawn["curves"].setting))
+    assert panels == {("M, clip 0.2", "joint"), ("M, clip 0.2", "mix-loss"), ("M, no clip", "joint")}
 
 
-def test_vmpo_has_a_table_of_the_long_pair(tmp_path):
-    keys = [{"setting": f"{script}-20M", "env_id": "Ant-v4", "seed": "1"} for script in ("vmpo", "ppo_continuous")]
-    rows = [{**keys[0], "score": "7000", "eval_return": "7500", "steps": "20000000"}]
-    rows.append({**keys[1], "score": "3000", "eval_return": "3100", "steps": "20000000"})
-    curves = [{**key, **{f"{k}": "1" for k in range(report.POINTS)}} for key in keys]
-    text = report.vmpo(rows, curves, tmp_path / "figures").splitlines()
+def test_vmpo_has_a_table_of_the_long_pair(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    keys = [{"setting": f"{script}-20M", "env_id": "Ant-v4", "seed": 1} for script in ("vmpo", "ppo_continuous")]
+    rows = [{**keys[0], "score": 7000, "eval_return": 7500, "steps": 20_000_000}]
+    rows.append({**keys[1], "score": 3000, "eval_return": 3100, "steps": 20_000_000})
+    curves = [{**key, **dict.fromkeys(map(str, report.GRID), 1)} for key in keys]
+    text = report.vmpo(pd.DataFrame(rows), pd.DataFrame(curves)).splitlines()
     assert "| 20M steps, one seed | Ant-v4 | greedy |" in text
     assert "| vmpo | 7000 | 7500 |" in text and "| ppo_continuous | 3000 | 3100 |" in text
     assert (tmp_path / "figures/vmpo_20M.png").exists()
 
 
-def test_vmpo_s_ablations_are_read_against_the_default(tmp_path):
+def test_vmpo_s_ablations_are_read_against_the_default():
     scores = {"coupled": (50, 600), "default": (100, 400)}
     rows = [
-        {"setting": f"{setting}-1M", "env_id": env_id, "seed": "1", "score": str(score)}
+        {"setting": f"{setting}-1M", "env_id": env_id, "seed": 1, "score": score}
         for setting, both in scores.items()
         for env_id, score in zip(["HalfCheetah-v4", "Hopper-v4"], both)
     ]
-    table = report.vmpo(rows, [], tmp_path)
+    table = report.vmpo(pd.DataFrame(rows), None)
     assert table.startswith("| 1M steps | HalfCheetah-v4 | Hopper-v4 | over default |\n|---|---|---|---|\n")
     assert "\n| default | 100 | 400 | 1 |\n| coupled | 50 | 600 | 1.00 |" in table  # (1/2 + 3/2) / 2
 
 
 def test_two_runs_of_one_row_are_refused_unless_they_are_the_same(copy):
     for k, extra in enumerate(["", "", "--clip-coef 0.5"]):
-        folder = copy / f"runs/ppo_table1/{k}/run"
-        write_run(folder, "none", "Hopper-v4", 1, [1000], [1.0], 1000)
+        folder = copy / f"runs/vmpo_paper/{k}/run"
+        write_run(folder, "vmpo", "Hopper-v4", 1, [1000], [1.0], 1000)
         config = json.loads((folder / "config.json").read_text())
         config["command"] += extra.split()
         config["command"].remove("--runs-dir"), config["command"].remove(str(folder.parent))
         (folder / "config.json").write_text(json.dumps(config))
-        done = run_report(copy, "ppo_table1", "--runs", copy / "runs")
+        done = run_report(copy, "vmpo_paper", "--runs", copy / "runs")
         assert done.returncode == (2 if extra else 0), done.stderr
     assert done.stderr.startswith("error: ") and "--clip-coef 0.5" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_setting_whose_seeds_had_other_flags_is_pointed_out(copy):
     """As when a sweep's flags change while rows of the old ones are committed."""
-    path = copy / "benchmarks/results/ppo_table1.csv"
+    path = copy / "benchmarks/results/vmpo_paper.csv"
     text = path.read_text()
-    assert "notice" not in run_report(copy, "ppo_table1", "--runs", copy / "none").stderr
-    path.write_text(text.replace("Hopper-v4 --seed 1 ", "Hopper-v4 --gamma 0.9 --seed 1 "))
-    assert "notice: the seeds of clip-0.2, Hopper-v4" in run_report(copy, "ppo_table1", "--runs", copy / "none").stderr
+    assert "notice" not in run_report(copy, "vmpo_paper", "--runs", copy / "none").stderr
+    path.write_text(text.replace("HalfCheetah-v4 --seed 1 ", "HalfCheetah-v4 --gamma 0.9 --seed 1 "))
+    assert "notice: the seeds of vmpo, HalfCheetah-v4" in run_report(copy, "vmpo_paper", "--runs", copy / "none").stderr
 
 
 def test_a_deleted_row_takes_its_curve_with_it(copy):
-    path, curves = (copy / f"benchmarks/results/ppo_table1{name}" for name in (".csv", "_curves.csv.gz"))
+    path, curves = (copy / f"benchmarks/results/vmpo_paper{name}" for name in (".csv", "_curves.csv.gz"))
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if not line.startswith("none,Reacher-v4,1,")))
-    done = run_report(copy, "ppo_table1", "--runs", copy / "none")
+    path.write_text("".join(line for line in lines if not line.startswith("vmpo,HalfCheetah-v4,1,")))
+    done = run_report(copy, "vmpo_paper", "--runs", copy / "none")
     assert done.returncode == 0, done.stderr
     assert len(path.read_text().splitlines()) == len(lines) - 1 == len(gzip.open(curves).readlines())
 
 
-def test_the_readme_shows_what_the_committed_results_say(copy):
+def test_the_documents_show_what_the_committed_results_say(copy):
+    documents = [path for path in (copy / "README.md", *(copy / "docs").glob("*.md"))]
+    text, written = "".join(path.read_text() for path in documents), set()
     for name in report.REPORTS:
-        if (copy / f"benchmarks/results/{name}.csv").exists():
+        if f"<!-- begin {name}" in text:
             done = run_report(copy, name, "--runs", copy / "none")
             assert done.returncode == 0, done.stderr
-    assert (copy / "README.md").read_text() == (ROOT / "README.md").read_text()
+            written.add(name)
+    assert written >= {function.__name__ for function in report.SWEEPS}
+    for path in documents:
+        assert path.read_text() == (ROOT / path.relative_to(copy)).read_text()
     for path in (ROOT / "benchmarks/figures").iterdir():  # to the byte, by the pinned matplotlib
         assert (copy / "benchmarks/figures" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_the_readme_s_overview_and_speeds_are_the_committed_numbers(copy):
+    (copy / "README.md").write_text(
+        "".join(f"<!-- begin {n} -->\n<!-- end {n} -->\n" for n in ("readme", "readme_speed"))
+    )
+    for name in ("readme", "readme_speed"):
+        done = run_report(copy, name)
+        assert done.returncode == 0, done.stderr
+    text = (copy / "README.md").read_text()
+    overview, figure, speeds = (part.splitlines() for part in re.split("\n\n|<!-- end readme -->", text)[:3])
+    rows = pd.read_csv(ROOT / "benchmarks/results/ppo_continuous.csv").groupby("env_id").score
+    score, count = (f(rows.get_group("HalfCheetah-v4")) for f in (np.mean, len))
+    assert f"| {score:.0f} [" in overview[3] and f"], {count} seeds | CleanRL: 1443 ± 46" in overview[3]
+    assert len(overview) == 3 + 6 and figure == ["![Learning curves](benchmarks/figures/readme_curves.png)"]
+    assert all(re.search(r"\| \[docs/\w+\.md\]\(docs/\w+\.md\) \|$", line) for line in overview[3:])
+    measured = json.loads((ROOT / "benchmarks/results/speed.json").read_text())["measurements"]
+    full = sorted(m["full"] for m in measured if m["env_id"] == "Humanoid-v4")
+    assert f"| {full[1]:,} ({full[0]:,}-{full[2]:,}) |" in "\n".join(speeds)
+    assert (copy / "benchmarks/figures/readme_curves.png").read_bytes() == (
+        ROOT / "benchmarks/figures/readme_curves.png"
+    ).read_bytes()
+
+
+def test_a_sweep_of_one_s_own_gets_curves_and_scores_in_its_folder(copy):
+    for seed in (1, 2):
+        write_run(copy / f"runs/own/a{seed}/run", "a", "Hopper-v4", seed, [500, 1000], [1.0, seed], 1000)
+    done = run_report(copy, "own", "--runs", copy / "runs")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in copy.glob("runs/own/report.*")} == {"report.png", "report.csv", "report.html"}
+    assert pd.read_csv(copy / "runs/own/report.csv").IQM.tolist() == [1.25]
+    assert (copy / "README.md").read_text() == (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("argv", [["nonsense"], ["ppo_table1", "--runs", "nowhere"]])

@@ -131,11 +131,13 @@ def test_committed_results_are_finished_runs(tmp_path):
     assert (status, "1 of 1 runs" in err) == (0, True), err
     assert not home(COMMANDS[0], tmp_path).exists()
     assert run(COMMANDS, tmp_path, "--dry-run", "--fresh", runner=runner)[1].startswith(f"new      {COMMANDS[0]}\n")
-    (runner.parent / "report.py").write_text("import sys; print(*sys.argv[1:]); sys.exit(len(sys.argv) != 4)")
+    report, check = runner.parent / "report.py", "def check(name):\n    if name != 'sweep': raise SystemExit(3)\n\n"
+    main = "if __name__ == '__main__':\n    import sys; print(*sys.argv[1:]); sys.exit(len(sys.argv) != 4)\n"
+    report.write_text(check + main)
     status, out, _ = run(COMMANDS[:1], tmp_path, "--report", runner=runner)
     assert (status, out) == (0, f"sweep --runs {tmp_path}\n")
     assert run(COMMANDS, tmp_path, "--report", "--dry-run", runner=runner)[1].endswith("1 of 2 runs to go\n")
-    (runner.parent / "report.py").write_text("raise SystemExit(2)")
+    report.write_text(check + main.replace("!=", "=="))
     assert run(COMMANDS[:1], tmp_path, "--report", runner=runner)[0] == 1
 
 
@@ -150,10 +152,50 @@ def test_a_folder_of_another_command_is_named(never_killed, tmp_path):
     assert (status, len(err.splitlines())) == (2, 1) and err.startswith(f"error: {folder / 'config.json'}: ")
 
 
+def test_the_report_s_document_is_looked_for_before_anything_is_trained(tmp_path):
+    shutil.copytree(RUNNER.parent, tmp_path / "benchmarks", ignore=shutil.ignore_patterns("runs", "results"))
+    (tmp_path / "README.md").write_text("no block\n")
+    command, runs = [sys.executable, tmp_path / "benchmarks/runner.py", "--name", "vmpo"], tmp_path / "runs"
+    done = subprocess.run(
+        [*command, "--report", "--runs", runs], input=COMMANDS[0], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and not runs.exists()
+    assert done.stderr.startswith("error: vmpo: ") and "<!-- begin vmpo -->" in done.stderr
+
+
+def test_a_sweep_without_a_report_of_its_own_gets_curves_and_scores(never_killed, tmp_path):
+    runs = shutil.copytree(never_killed, tmp_path / "runs")
+    status, out, err = run(COMMANDS, runs, "--report")
+    assert status == 0 and "ppo_continuous      2     2  10240" in out, out + err
+    assert {path.name for path in (runs / "sweep").glob("report.*")} == {"report.png", "report.csv", "report.html"}
+
+
 def test_a_folder_s_name_is_a_function_of_its_whole_command(tmp_path):
     names = {home(f"python ppo_continuous.py {HOPPER} --{flag}", tmp_path).name for flag in ("compile", "no-norm-adv")}
-    assert len(names) == 2 and all(re.fullmatch(r"ppo_continuous\.py_env-id_Hopper-v4_[\w.-]+", name) for name in names)
+    assert len(names) == 2 and all(re.fullmatch(r"ppo_continuous,[\w.,=-]+__\w{10}", name) for name in names)
     assert home(COMMANDS[0], tmp_path) == home(COMMANDS[0].replace(" --", "   --"), tmp_path)
+
+
+def test_a_folder_s_name_shows_the_last_flags_that_the_run_s_own_does_not(tmp_path):
+    flags = "--env-id=Ant-v4 --log-std-init -1 --env-kwargs '{\"a\": [1]}' --exp-name x --no_norm_adv --seed 3"
+    name = home(f"python vmpo.py {flags} --encoder-sizes 64 64 --device cpu", tmp_path).name
+    assert name.startswith("vmpo,encoder-sizes=64_64,no-norm-adv,env-kwargs=a_1__")  # as many as fit
+    name = home(f"python vmpo.py --gamma 0.9 --wandb-project {'p' * 300} --num-envs 4", tmp_path).name
+    assert name.startswith("vmpo,num-envs=4__") and len(name) < 80  # a folder's name has at most 255 letters
+
+
+def test_a_folder_is_found_and_resumed_under_any_name_with_its_command_s_hash(never_killed, tmp_path):
+    runs = shutil.copytree(never_killed, tmp_path / "runs")
+    new = home(COMMANDS[0], runs)
+    old = new.with_name(f"ppo_continuous.py_seed_1_env-id_Hopper-v4_num-envs_4_{new.name[-12:]}")
+    new.rename(old)
+    folder = run_dir(COMMANDS[0], runs)
+    assert folder.parent == old
+    (folder / "result.json").unlink()
+    status, out, err = run(COMMANDS, runs, "--dry-run")
+    assert out.startswith(f"resume   {COMMANDS[0]}\nfinished {COMMANDS[1]}\n")
+    status, _, err = run(COMMANDS, runs)
+    assert status == 0 and not new.exists() and (folder / "result.json").exists(), err
 
 
 @pytest.mark.parametrize(
