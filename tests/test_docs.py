@@ -1,17 +1,23 @@
 """What README.md and docs/*.md say can be done.
 
-Commands are all lines of ```bash blocks, and, outside of fences, indented lines and `code` that start with one of the
-programs in PROGRAMS or with benchmarks/. bash itself reads them, in a copy of the checkout, where each of PROGRAMS only
-notes how it was called. Then every call of a script goes through the script's own parse_args and check, and its --env-id
-must be registered, if its module is installed; every call of a benchmark through the benchmark's own Args, also those
-that benchmarks/*.sh make; every line that goes to the runner is a call like the others; a requirements file must be
-there; a pin must agree with those of the requirements files. A program that is not among PROGRAMS is an error.
+Commands are the ```bash blocks; and, outside of fenced blocks, the indented lines and the `code` that start with one of
+PROGRAMS or with a benchmarks/*.sh. bash reads them, in a folder with all that a checkout has, where each of PROGRAMS
+only notes how it was called. Any other program is an error, as is a command that calls none. Then
 
-In recipes.md trainings and evaluations run, section by section, in the order of the page, uncompiled and with one
-episode an evaluation; a million steps are cut to 2,048 and fewer in proportion, to one batch at least. Those that need
-OpenGL or a package that is not installed are left at parsing. Python blocks run too, those of a section in one
-namespace, with two trials for n_trials; a block that starts with a comment with a file's name is saved under it. Diffs
-are applied to ppo_continuous.py, all together, and the result trains.
+- a script's parse_args and check must accept its flags, and its --env-id must be registered. Where the id's module
+  needs a package that is not installed, its name is not looked up;
+- a benchmark's own Args must accept its flags, also those that benchmarks/*.sh pass on, and each line that a page sends
+  to the runner is a command like the others;
+- pip's requirements files must be there, and its pins exact and those of the requirements files;
+- the other programs' flags are not looked at.
+
+Pages name runs by the two folders CHEETAH and CARTPOLE, which are real.
+
+Python blocks run, those of a section in one namespace; one that starts with a file's name in a comment is a file. So do
+the trainings and evaluations of recipes.md, in the page's order, but for those with MUJOCO_GL (OpenGL) or --track (an
+account) and those of a package that is not installed. All are cut short: a million steps to 2,048, other numbers in
+proportion but to a batch at least; one episode an evaluation; uncompiled; n_trials=2. All diffs of recipes.md are
+applied to ppo_continuous.py, which then trains.
 """
 
 import contextlib
@@ -19,16 +25,15 @@ import importlib
 import importlib.util
 import io
 import json
-import os
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-import onnxruntime
 import optuna
 import pytest
 import torch
@@ -62,11 +67,11 @@ def blocks(page: Path) -> list[tuple[int, str, str, str]]:
     for number, line in enumerate(page.read_text().splitlines(), 1):
         if opened is None and line.startswith("## "):
             section = line[3:]
-        if line.startswith("```"):
+        if line.lstrip().startswith("```"):  # indented in a list
             if opened is None:
-                opened, language, text = number, line[3:].strip(), []
+                opened, language, text = number, line.strip("` "), []
             else:
-                found.append((opened, section, language, "\n".join(text) + "\n"))
+                found.append((opened, section, language, textwrap.dedent("\n".join(text) + "\n")))
                 opened = None
         elif opened is not None:
             text.append(line)
@@ -78,8 +83,9 @@ def outside_fences(page: Path) -> list[tuple[int, str]]:
     """(line's number, line) of what no fenced block holds."""
     lines, fenced = [], False
     for number, line in enumerate(page.read_text().splitlines(), 1):
-        fenced ^= line.startswith("```")
-        if not fenced and not line.startswith("```"):
+        fence = line.lstrip().startswith("```")
+        fenced ^= fence
+        if not fenced and not fence:
             lines.append((number, line))
     return lines
 
@@ -106,10 +112,9 @@ def checkout(tmp_path_factory) -> Path:
             (folder / path.name).symlink_to(path)
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
-    for number, _, language, text in blocks(RECIPES):
-        name = re.match(r"# (\w+\.py)\n", text)
-        if language == "python" and name:
-            (folder / name[1]).write_text(text)
+    for _, _, _, text in blocks(RECIPES):
+        if is_file(text):
+            (folder / text.split()[1]).write_text(text)
     tools = folder / "tools"
     tools.mkdir()
     for program in PROGRAMS:
@@ -124,6 +129,15 @@ def checkout(tmp_path_factory) -> Path:
             Path(run).parent.mkdir(exist_ok=True)
             next(Path("new").iterdir()).rename(run)
     return folder
+
+
+@pytest.fixture
+def in_checkout(checkout, monkeypatch) -> Path:
+    """The checkout, as the folder in which Python was started."""
+    monkeypatch.chdir(checkout)
+    monkeypatch.syspath_prepend(checkout)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return checkout
 
 
 def calls(text: str, checkout: Path) -> list[dict]:
@@ -188,15 +202,15 @@ def check_benchmark(name: str, flags: list[str]):
 def check_pip(words: list[str]):
     """Its files are there, its pins agree with those of the requirements files."""
     assert words[0] == "install"
-    known, words = pins(), iter(words[1:])
+    pinned, words = pins(), iter(words[1:])
     for word in words:
         if word in ("-r", "--index-url"):
             value = next(words)
             assert word != "-r" or (ROOT / value).is_file(), value
         elif word not in ("--no-deps", "--quiet", "--upgrade"):
-            requirement = Requirement(word)
-            assert str(requirement.specifier).startswith("=="), f"{word}: no exact version"
-            assert known.get(requirement.name.lower(), str(requirement.specifier)) == str(requirement.specifier)
+            name, version = Requirement(word).name.lower(), str(Requirement(word).specifier)
+            assert version.startswith("=="), f"{word}: no exact version"
+            assert version == pinned.get(name, version), f"{word}: a requirements file has another version"
 
 
 def check_call(call: dict):
@@ -221,11 +235,8 @@ def check_call(call: dict):
 @pytest.mark.parametrize(
     ("page", "number", "text"), ALL_COMMANDS, ids=[f"{page.name}:{number}" for page, number, _ in ALL_COMMANDS]
 )
-def test_every_command_is_one_that_its_program_takes(page, number, text, checkout, monkeypatch):
-    monkeypatch.chdir(checkout)
-    monkeypatch.syspath_prepend(checkout)
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    found = calls(text, checkout)
+def test_every_command_is_one_that_its_program_takes(page, number, text, in_checkout):
+    found = calls(text, in_checkout)
     assert found, "no program was called"
     for call in found:
         if "echo" not in text:
@@ -250,46 +261,44 @@ def run_training(words: list[str]):
     module.main(module.parse_args(flags))
 
 
-def sections() -> list[str]:
-    languages = {"python", "bash"}
-    return list(dict.fromkeys(section for _, section, language, _ in blocks(RECIPES) if language in languages))
+def is_file(text: str) -> bool:
+    return re.match(r"# \w+\.py\n", text) is not None
 
 
-def run_section(section: str, checkout: Path) -> dict:
-    """Run its blocks; the namespace of its Python."""
+def runs(page: Path, language: str) -> bool:
+    return language == "python" or language == "bash" and page == RECIPES
+
+
+def run_section(page: Path, section: str, checkout: Path) -> dict:
+    """Run a section's blocks; the namespace of its Python."""
     namespace = {"__name__": "__main__"}
-    for number, own, language, text in blocks(RECIPES):
-        if own != section:
-            continue
+    for number, _, language, text in [block for block in blocks(page) if block[1] == section and runs(page, block[2])]:
         if language == "bash":
             for call in calls(text, checkout):
                 program, *words = call["words"]
                 if program == "python" and words[0] in SCRIPTS and not call["opengl"] and "--track" not in words:
                     run_training(words)
-        elif language == "python" and not re.match(r"# \w+\.py\n", text):
+        elif not is_file(text):
+            total = re.compile(r'(?<="--total-timesteps", ")\d+')
+            text = total.sub(lambda match: str(shortened(int(match[0]))), text)
             text = re.sub(r"n_trials=\d+", "n_trials=2", text)
-            text = re.sub(
-                r'"--total-timesteps", "(\d+)"', lambda m: f'"--total-timesteps", "{shortened(int(m[1]))}"', text
-            )
             text = text.replace("ppo.parse_args(flags)", f"ppo.parse_args([*flags, *{SHORT}])")
-            exec(compile("\n" * number + text, RECIPES, "exec"), namespace)
+            exec(compile("\n" * number + text, page, "exec"), namespace)
     return namespace
 
 
-@pytest.fixture
-def in_checkout(checkout, monkeypatch):
-    monkeypatch.chdir(checkout)
-    monkeypatch.syspath_prepend(checkout)
-    return checkout
+ONNX, OPTUNA = (RECIPES, "Export to ONNX"), (RECIPES, "Tune with Optuna")
+SECTIONS = dict.fromkeys((page, block[1]) for page in PAGES for block in blocks(page) if runs(page, block[2]))
+OTHERS = [section for section in SECTIONS if section not in (ONNX, OPTUNA)]
 
 
-@pytest.mark.parametrize("section", [s for s in sections() if s not in ("Export to ONNX", "Tune with Optuna")])
-def test_every_recipe_runs(section, in_checkout):
-    run_section(section, in_checkout)
+@pytest.mark.parametrize(("page", "section"), OTHERS, ids=[f"{page.name}:{section}" for page, section in OTHERS])
+def test_every_recipe_runs(page, section, in_checkout):
+    run_section(page, section, in_checkout)
 
 
 def test_an_exported_policy_acts_as_the_agent_does(in_checkout):
-    found = run_section("Export to ONNX", in_checkout)
+    found = run_section(*ONNX, in_checkout)
     torch.manual_seed(0)
     for batch in (1, 7):
         obs = 5 * torch.randn(batch, 17)
@@ -305,7 +314,7 @@ def test_an_exported_policy_acts_as_the_agent_does(in_checkout):
 
 def test_a_study_s_trials_are_runs_of_their_own(in_checkout):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = run_section("Tune with Optuna", in_checkout)["study"]
+    study = run_section(*OPTUNA, in_checkout)["study"]
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
     configs = [json.loads(path.read_text())["args"] for path in sorted(Path("runs/study").glob("*/*/config.json"))]
     assert [config["learning_rate"] for config in configs] == [trial.params["learning_rate"] for trial in study.trials]
