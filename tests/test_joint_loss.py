@@ -495,7 +495,7 @@ def test_masks_travel_with_the_batch_and_a_masked_policy_learns(loss, tmp_path, 
 
 def test_an_evaluation_takes_the_likeliest_actions_or_draws_them(tmp_path):
     args = ppo.Args(env_id="CartPole-v1", eval_episodes=2)
-    envs = ppo.Envs(args, [-1], evaluation=True)
+    envs = ppo.Envs(args, range(-1, 0), evaluation=True)
     torch.manual_seed(0)
     agent = ppo.make_agent(envs, args)
     greedy = [[episode[1] for episode in ppo.evaluate(agent, args, tmp_path)] for _ in range(2)]

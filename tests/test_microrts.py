@@ -76,7 +76,7 @@ def test_the_win_rate_is_that_of_the_games_against_bots():
 
 def test_observations_stay_small_and_masks_follow_the_games():
     args = ppo.Args(env_id=ENV_ID, env_kwargs='{"opponents": ["passiveAI"]}')
-    single, batch = ppo.Envs(args, [-1], evaluation=True), ppo.Envs(args, range(3))
+    single, batch = ppo.Envs(args, range(-1, 0), evaluation=True), ppo.Envs(args, range(3))
     for envs in (single, batch):
         agent = ppo.make_agent(envs, args)
         for _ in range(20):
@@ -91,7 +91,7 @@ def test_drawn_games_of_an_evaluation_differ(tmp_path):
     """workerRushAI follows from the actions: greedy ones play one game again and again."""
     args = ppo.Args(env_id=ENV_ID, env_kwargs='{"opponents": ["workerRushAI"], "max_steps": 60}', eval_episodes=3)
     torch.manual_seed(0)
-    agent = ppo.make_agent(ppo.Envs(args, [-1], evaluation=True), args)
+    agent = ppo.make_agent(ppo.Envs(args, range(-1, 0), evaluation=True), args)
     returns = [[episode[1] for episode in ppo.evaluate(agent, args, tmp_path)]]
     args.eval_sample = True
     returns.append([episode[1] for episode in ppo.evaluate(agent, args, tmp_path)])

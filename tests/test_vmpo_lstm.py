@@ -58,10 +58,10 @@ def collect(**settings):
     envs = vmpo_lstm.Envs(args, range(3))
     agent = vmpo_lstm.make_agent(envs, args)
     agent.actor_mean.weight.data *= 30  # else the policy hardly depends on anything
-    state, last = torch.zeros(3, 128), torch.zeros(3, 5)
-    rows, state, last = vmpo_lstm.rollout(envs, agent, state, last, args)
+    rows = vmpo_lstm.rollout(envs, agent, [torch.zeros(3, 128), torch.zeros(3, 5)], args)
     agent.obs_rms.update(rows["obs"])
-    rows, state, last = vmpo_lstm.rollout(envs, agent, state, last, args)
+    memory = [rows["next_states"][-1], rows["next_obs"][-1, :, 5:]]
+    rows = vmpo_lstm.rollout(envs, agent, memory, args)
     rows = {name: tensor.clone() for name, tensor in rows.items()}
     return agent, rows, vmpo_lstm.make_batch(rows, agent, agent, CPU, args), args
 
