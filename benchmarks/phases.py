@@ -38,9 +38,11 @@ def main():
         print(__doc__)
         return
     script = Path("".join(sys.argv[1:2]))
-    if script.suffix != ".py" or not (ROOT / script.name).is_file():
-        print(f"error: {script}: needed is a script of this repository, then its flags", file=sys.stderr)
+    path = script if script.is_file() else ROOT / script.name
+    if path.suffix != ".py" or not path.is_file():
+        print(f"error: {script}: needed is a script of this repository, or a copy, then its flags", file=sys.stderr)
         raise SystemExit(2)
+    sys.path.insert(0, str(path.resolve().parent))
     module, seconds = importlib.import_module(script.stem), {name: [] for name in PHASES}
     for name in PHASES:
         setattr(module, name, timed(getattr(module, name), seconds[name]))

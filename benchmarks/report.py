@@ -607,13 +607,54 @@ def readme_speed() -> str:
     return markdown("environment", table)
 
 
+def scale() -> str:
+    """Steps a second against processes, a table, and against environments, a figure, from scale.py's measurements."""
+    measured = pd.read_csv(HERE / "results/scale.csv")
+    measured["task"] = measured.env_id.str.split(":").str[-1]
+    compared = measured[measured.rank_0_cpu_ms.notna()]
+    shape = compared.task + ", " + compared.N.astype(str) + " x " + compared["T"].astype(str)
+    groups = compared.groupby([shape.rename("shape"), "processes"], sort=False)
+    ends = groups.sps.agg(["median", "min", "max"])
+    table = pd.DataFrame(
+        {
+            "steps/s": ends.apply(
+                lambda row: "{:,.0f} ({:,.0f}-{:,.0f})".format(row["median"], row["min"], row["max"]), axis=1
+            )
+        }
+    )
+    alone = ends["median"].xs(1, level="processes").reindex(ends.index, level=0)
+    table["over one process"] = (ends["median"] / alone).map("{:.2f}".format)
+    table["rank 0's CPU, ms an iteration"] = groups.rank_0_cpu_ms.median().map("{:.0f}".format)
+    table = table.reset_index("processes")
+
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    for (task, rows), colour in zip(measured[measured.rank_0_cpu_ms.isna()].groupby("task"), (BLUE, ORANGE)):
+        ends = rows.groupby("N").sps.agg(["median", "min", "max"])
+        axis.plot(ends.index, ends["median"], "o-", color=colour, label=task, markersize=4)
+        axis.fill_between(ends.index, ends["min"], ends["max"], color=colour, alpha=0.2, linewidth=0)
+    axis.set(xscale="log", yscale="log", xlabel="environments, one process", ylabel="steps a second")
+    axis.set_xticks(ends.index, [f"{N:,}" for N in ends.index])
+    axis.minorticks_off()
+    axis.set_yticks([3000, 10000, 30000, 100000, 300000], ["3,000", "10,000", "30,000", "100,000", "300,000"])
+    axis.legend(frameon=False)
+    plot.tidy(axis)
+    plot.save(figure, HERE / "figures/scale.png")
+
+    steps = measured[measured.rank_0_cpu_ms.isna()].groupby(["task", "N"])
+    wide = steps.sps.median().unstack("task").map("{:,.0f}".format).add_suffix(", steps/s")
+    wide = wide.join(steps.peak_mb.median().unstack("task").map("{:,.0f}".format).add_suffix(", peak MB"))
+    return "\n\n".join(
+        [markdown("environment, N x T", table), pictures({"Steps a second": "scale"}), markdown("N", wide)]
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 SWEEPS = (
     *(ppo_continuous, ppo_table1, ppo_table1_none, ppo_table1_order),
     *(hppo, joint_loss_mujoco, joint_loss_microrts, microrts_demo, vmpo, vmpo_paper),
 )
-REPORTS = {report.__name__: report for report in (*SWEEPS, readme, readme_speed)}
+REPORTS = {report.__name__: report for report in (*SWEEPS, readme, readme_speed, scale)}
 
 
 def block_of(name: str) -> re.Pattern:
