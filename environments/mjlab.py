@@ -4,8 +4,8 @@
     env = gym.make("environments.mjlab:Mjlab-Velocity-Flat-Unitree-G1", episode_length_s=5)
 
 Every task of mjlab is here under its own name. Keyword arguments are fields of its ManagerBasedRlEnvCfg; play=True
-takes mjlab's variant for watching, and device is "cuda" where torch finds a GPU, else "cpu". Warp compiles kernels for
-each new task, for half a minute or more, and keeps them in ~/.cache/warp.
+takes mjlab's variant for watching; device is "cuda:0" where torch finds a GPU, else "cpu". Warp compiles the kernels of
+a new task, for half a minute or more, and keeps them in ~/.cache/warp.
 
 Observations are the group "actor" ("critic" has what only a simulator knows). Actions have no bounds, as in mjlab, and
 suit a policy that starts around N(0, 1). A time limit truncates, or terminates where the config has is_finite_horizon.
@@ -38,6 +38,16 @@ except ImportError as error:
     raise ImportError(f"mjlab is needed ({error}): {install}") from None
 
 
+@contextlib.contextmanager
+def kept_generators():
+    """The process's random numbers afterwards are as if nothing had been drawn, or seeded, within."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
 class MjlabVectorEnv(gym.vector.VectorEnv):
     """N environments of mjlab without autoreset.
 
@@ -62,16 +72,12 @@ class MjlabVectorEnv(gym.vector.VectorEnv):
     ):
         if AutoresetMode(autoreset_mode) != AutoresetMode.DISABLED:
             raise ValueError(f"autoreset_mode: must be DISABLED, not {autoreset_mode}")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.gpus = [] if device == "cpu" else [torch.device(device)]
-        self.generators = None  # states of torch's generators, of the CPU and the GPU, for this batch
+        device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+        self.generators = None  # states of torch's generators on the CPU and the GPUs, for this batch
         config = dataclasses.replace(load_env_cfg(task, play), seed=seed, auto_reset=False, **config)
         config.scene.num_envs = num_envs
-        python, numpy = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(self.gpus), contextlib.redirect_stdout(io.StringIO()):  # it prints ten tables
+        with kept_generators(), contextlib.redirect_stdout(io.StringIO()):  # it prints ten tables
             self.simulator = ManagerBasedRlEnv(config, device, render_mode)
-        random.setstate(python)
-        np.random.set_state(numpy)
         self.metadata = {**self.metadata, "render_fps": round(1 / self.simulator.step_dt)}
         self.render_mode, self.render, self.close_extras = render_mode, self.simulator.render, self.simulator.close
         self.num_envs = num_envs
@@ -85,15 +91,14 @@ class MjlabVectorEnv(gym.vector.VectorEnv):
     @contextlib.contextmanager
     def own_generators(self, seed: int | None = None):
         """Lend mjlab, which draws from torch's global generators, this batch's own."""
-        with torch.random.fork_rng(self.gpus):
+        with kept_generators():
             if seed is not None:
                 torch.manual_seed(seed)
             else:
                 torch.set_rng_state(self.generators[0])
-                for gpu in self.gpus:
-                    torch.cuda.set_rng_state(self.generators[1], gpu)
+                torch.cuda.set_rng_state_all(self.generators[1])
             yield
-            self.generators = [torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in self.gpus)]
+            self.generators = torch.get_rng_state(), torch.cuda.get_rng_state_all()
 
     def reset(self, *, seed: int | list[int | None] | None = None, options: dict | None = None):
         """Start new episodes, of all or of those in options["reset_mask"] -> observations [N, O] of all, {}."""
