@@ -12,8 +12,8 @@ Observations are the task's, or "state" where it has several ("privileged_state"
 [-1, 1]. An episode is truncated after the config's episode_length, and terminated where the task says that it is done.
 An info has the task's metrics, summed over the episode so far.
 
-An episode is a function of its seed and actions, to the bit in batches of the same size on the same CPU. Models of
-robots, all but the DeepMind Control Suite's, are not in the package: Playground clones mujoco_menagerie from GitHub.
+An episode is a function of its seed and actions, to the bit on the same CPU and in batches of the same size. The models
+of robots, of all tasks but the DeepMind Control Suite's, come with the first use: Playground clones mujoco_menagerie.
 """
 
 import functools
@@ -48,10 +48,8 @@ def load(task: str, config: str):
         reset_keys, next_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
 
         def choose(new, old):
-            own = (
-                new.shape[:1] == mask.shape
-            )  # impl "warp" keeps some arrays, of contacts, for all environments together
-            return jax.numpy.where(mask.reshape(-1, *[1] * (new.ndim - 1)) if own else mask.all(), new, old)
+            shared = new.shape[:1] != mask.shape  # impl "warp" keeps the contacts of all environments in one array
+            return jax.numpy.where(mask.all() if shared else mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
         return jax.tree.map(choose, (batch.reset(reset_keys), next_keys), (state, keys))
 
