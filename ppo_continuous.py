@@ -1107,7 +1107,8 @@ def main(args: Args):
     if loop and envs.vector_env.envs[0].spec.vector_entry_point is not None:
         notice(f"one by one: the batch of {args.env_id} hides an episode's last observation, or its spaces differ")
     low, high = envs.action_space.low, envs.action_space.high
-    if not args.rescale_actions and not ((-10 <= low) & (low <= -0.1) & (0.1 <= high) & (high <= 10)).all():
+    usual = ((-10 <= low) & (low <= -0.1) & (0.1 <= high) & (high <= 10)).all()
+    if envs.action_space.is_bounded() and not usual and not args.rescale_actions:
         notice(f"the policy starts around [-1, 1], actions lie in {envs.action_space}: see --rescale-actions")
     agent = Agent(envs, args).to(device)
     progress = {"iteration": 0, "seconds": 0.0, "episodes": "global_step,return,length\n", "best_return": -math.inf}

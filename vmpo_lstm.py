@@ -1429,7 +1429,7 @@ def main(args: Args):
     loop = isinstance(envs.vector_env, Loop) and args.eval is None
     if loop and envs.vector_env.envs[0].spec.vector_entry_point is not None:
         notice(f"one by one: the batch of {args.env_id} hides an episode's last observation, or its spaces differ")
-    if isinstance(envs.action_space, gym.spaces.Box) and not args.rescale_actions:
+    if isinstance(envs.action_space, gym.spaces.Box) and envs.action_space.is_bounded() and not args.rescale_actions:
         low, high = envs.action_space.low, envs.action_space.high
         if not ((-10 <= low) & (low <= -0.1) & (0.1 <= high) & (high <= 10)).all():
             notice(f"the policy starts around [-1, 1], actions lie in {envs.action_space}: see --rescale-actions")
