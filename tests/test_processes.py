@@ -10,6 +10,8 @@ import sys
 import time
 
 import pytest
+import test_docs
+import torch
 from conftest import KILLER, LIMIT, ROOT, assert_same_outcome, finish, load, only, run
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -216,3 +218,20 @@ def test_two_machines_train_one_run_to_the_same_bits(two_hosts, tmp_path):
     model, wanted = load(run_dir / "model.pt"), load(expected / "model.pt")
     assert all(model[name].equal(wanted[name]) for name in wanted)
     assert (run_dir / "episodes.csv").read_bytes() == (expected / "episodes.csv").read_bytes()
+
+
+def test_the_recipe_for_averaged_gradients_learns_what_one_process_learns(tmp_path):
+    """Each minibatch is normalised as a whole, which its parts are not, so --no-norm-adv."""
+    source = (ROOT / "ppo_continuous.py").read_text()
+    for _, _, language, diff in test_docs.blocks(ROOT / "docs" / "scale.md"):
+        source = test_docs.apply(diff, source) if language == "diff" else source
+    script = tmp_path / "ppo_averaged.py"
+    script.write_text(source)
+    flags = "--env-id Hopper-v4 --num-envs 16 --num-steps 16 --num-minibatches 4 --update-epochs 2 --no-norm-adv"
+    flags = [*flags.split(), "--no-compile", "--total-timesteps", 256, "--eval-episodes", 0, "--runs-dir"]
+    assert run(*flags, tmp_path / "one")[0] == 0
+    status, out, err = finish(start(2, *flags, tmp_path / "two", script=script))
+    assert status == 0 and "2 processes" in out, err
+    one, two = (load(only(tmp_path / name) / "model.pt") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5)
