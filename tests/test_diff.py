@@ -185,8 +185,8 @@ def test_a_reader_who_has_seen_enough_gets_no_traceback():
     assert process.stderr.read() == "" and process.wait() != 0
 
 
-def test_the_readme_s_diff_is_the_tool_s():
-    block = (ROOT / "README.md").read_text().split("```diff\n")[1].split("```")[0]
+def test_the_diff_of_the_loss_with_a_penalty_is_the_tool_s():
+    block = (ROOT / "docs/ppo_klpen.md").read_text().split("```diff\n")[1].split("```")[0]
     command = [sys.executable, TOOL, BASE, ROOT / "ppo_klpen.py"]
     assert block in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert block.startswith("# Loss: ") and "\n+ def adapt_beta" in block
