@@ -591,12 +591,9 @@ def readme_speed() -> str:
     measured = pd.DataFrame(json.loads((HERE / "results/speed.json").read_text())["measurements"])
     columns = {
         "environment only": ("environment", 0),
-        "environment + acting": ("acting", 0),
         "full training": ("full", 0),
-        "full / environment only": ("ratio", 2),
         "compile cold, s": ("cold_compile", 1),
         "compile warm, s": ("warm_compile", 1),
-        "peak memory, MB": ("peak_mb", 0),
     }
 
     def text(column: str, digits: int) -> pd.Series:
