@@ -662,6 +662,7 @@ class Envs:
         history = nn.utils.rnn.pad_sequence(state["history"].split(state["lengths"].tolist())[self.own]).numpy()
         L = len(history)
         different = np.full(N, isinstance(self.vector_env, SameStep) or self.depends_on_more())
+        self.history.clear()  # of the trial's actions
 
         def start(again: np.ndarray):
             self.episode[again] = episode[again] - 1
