@@ -188,7 +188,8 @@ def test_a_reader_who_has_seen_enough_gets_no_traceback():
 def test_the_diff_of_the_loss_with_a_penalty_is_the_tool_s():
     block = (ROOT / "docs/ppo_klpen.md").read_text().split("```diff\n")[1].split("```")[0]
     command = [sys.executable, TOOL, BASE, ROOT / "ppo_klpen.py"]
-    assert block in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert block in re.sub(r", line \d+$", "", shown, flags=re.MULTILINE)  # a page without numbers that would drift
     assert block.startswith("# Loss: ") and "\n+ def adapt_beta" in block
 
 
