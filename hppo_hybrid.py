@@ -199,7 +199,7 @@ def check(args: Args):
         ("--encoder-sizes", min(args.encoder_sizes, default=0) < 1, "must be one or more widths, each at least 1"),
         ("--num-minibatches", batch_size % args.num_minibatches, f"must divide the batch of {batch_size} steps"),
         ("--total-timesteps", args.total_timesteps < batch_size, f"must be at least the batch of {batch_size} steps"),
-        ("--num-envs", args.num_envs < WORLD_SIZE, f"must be at least {WORLD_SIZE}, one for each process"),
+        ("--num-envs", args.eval is None and args.num_envs < WORLD_SIZE, f"is less than {WORLD_SIZE} processes"),
         ("--exp-name", set(args.exp_name) & set("/\\:"), "goes into a folder's name, so it cannot have / \\ or :"),
         ("--device", args.device == "cuda" and not torch.cuda.is_available(), "needs a GPU that torch finds"),
         ("--eval", args.eval is not None and args.resume is not None, "cannot go with --resume"),
@@ -615,7 +615,7 @@ class Envs:
                 self.finished.append((self.global_step, float(self.returns[i]), int(self.lengths[i]), info))
             self.obs, self.discounted = next_obs.copy(), discounted.copy()
             self.reset(done)
-            del self.history[: len(self.history) - max(self.lengths.max(), 1)]
+            del self.history[: len(self.history) - self.lengths.max()]
         return dict(
             next_obs=next_obs, rewards=rewards, discounted=discounted, gammas=gammas, terminated=terminated, done=done
         )
@@ -623,7 +623,7 @@ class Envs:
     def state_dict(self) -> dict:
         """Tensors [N, ...]; but for history, [lengths.sum(), A], the actions of one running episode after another."""
         state = {name: torch.tensor(getattr(self, name)) for name in ("obs", "episode", "returns", "lengths")}
-        history = np.array(self.history or [np.zeros((len(self.obs), 0))])  # before the first step too
+        history = np.array(self.history or [np.zeros(len(self.obs))])  # where no episode is running, none
         running = [history[len(history) - length :, i] for i, length in enumerate(self.lengths)]
         state["history"] = torch.from_numpy(np.concatenate(running))
         return {**state, "global_step": torch.full([len(running)], self.global_step)}
@@ -1084,7 +1084,8 @@ def update(run_steps, agent: Agent, optimizer: dict, learning_rate, batch: dict,
 #
 # torchrun --nproc-per-node 4 SCRIPT: rank 0 runs main(); the others run work(), which only steps their share of the
 # environments, with a copy of the agent. Seeds and noise belong to an environment, whichever process has it, so the
-# number of processes is a setting of the machine, not of the run: the run ends with the same bits.
+# number of processes is a setting of the machine, not of the run. With four environments or more in each, so that the
+# CPU's libraries take the same path, the run ends with the same bits.
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # which torchrun sets
 
@@ -1099,7 +1100,9 @@ def exchange(transfer, box: list, rank: int):
     try:
         transfer(box, rank)
         return box[0]
-    except RuntimeError:
+    except RuntimeError as error:
+        if "peer" not in str(error) and "Broken pipe" not in str(error):
+            raise
         raise ConnectionError(f"rank {rank} of {WORLD_SIZE} was lost") from None
 
 
@@ -1204,7 +1207,7 @@ def load(path: Path, agent: Agent, optimizer=None, envs=None, progress=None):
                 notice(f"{which} does not repeat them exactly, so the run differs from one never stopped")
             torch.set_rng_state(saved["rng"])
     except Exception as error:
-        if hasattr(error, "__notes__"):  # an environment's own
+        if hasattr(error, "__notes__") or isinstance(error, ConnectionError):  # an environment's own; a lost process
             raise
         fail(f"{path}: missing, damaged, or not of such a run ({type(error).__name__}: {str(error)[:200]})")
 
@@ -1400,7 +1403,7 @@ def main(args: Args):
     envs = Envs(args, share(args) if args.eval is None else range(1))
     loop = isinstance(envs.vector_env, Loop) and args.eval is None
     if loop and envs.vector_env.envs[0].spec.vector_entry_point is not None:
-        notice(f"one by one: the batch of {args.env_id} hides an episode's last observation, or its spaces differ")
+        notice(f"the environments run one by one: {args.env_id}'s own batch hides last observations, or differs")
     agent = Agent(envs, args).to(device)
     progress = {"iteration": 0, "seconds": 0.0, "episodes": "global_step,return,length\n", "best_return": -math.inf}
     model: Any = args.eval if args.eval is not None else args.init_from

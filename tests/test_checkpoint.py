@@ -17,6 +17,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -317,7 +318,8 @@ EXACT += ["MountainCarContinuous-v0", "LunarLander-v3", "goals:Goal-v0"]
 
 
 def stepped_and_continued(env_id: str, steps: int, **kwargs):
-    """Envs after so many steps of random actions; others that continue them; a function that gives the next actions."""
+    """Envs after so many steps of random actions; others that continue them, and which of those start again; a function
+    that gives the next actions."""
     kwargs = {"continuous": True} if env_id == "LunarLander-v3" else kwargs
     args, rng = Args(env_id=env_id, env_kwargs=json.dumps(kwargs), num_envs=2), np.random.default_rng(1)
     envs, others = Envs(args, range(2)), Envs(args, range(2))
@@ -327,9 +329,9 @@ def stepped_and_continued(env_id: str, steps: int, **kwargs):
 
     for _ in range(steps):
         envs.step(actions())
-    others.load_state_dict(torch.load(io.BytesIO(as_file(envs.state_dict())), weights_only=True))
+    again = others.load_state_dict(torch.load(io.BytesIO(as_file(envs.state_dict())), weights_only=True))
     envs.finished.clear()
-    return envs, others, actions
+    return envs, others, again, actions
 
 
 def assert_equal_steps(envs: Envs, others: Envs, actions):
@@ -343,16 +345,16 @@ def assert_equal_steps(envs: Envs, others: Envs, actions):
 
 @pytest.mark.parametrize("env_id", EXACT)
 @pytest.mark.parametrize("steps", [0, 50])
-def test_new_environments_continue_the_running_episodes_to_the_bit(env_id, steps, capfd):
-    envs, others, actions = stepped_and_continued(env_id, steps)
-    assert not notices(capfd.readouterr().err)
+def test_new_environments_continue_the_running_episodes_to_the_bit(env_id, steps):
+    envs, others, again, actions = stepped_and_continued(env_id, steps)
+    assert not again.any()
     assert_equal_steps(envs, others, actions)
 
 
-def test_bipedal_walker_gives_the_notice_wherever_it_would_continue_differently(capfd):
+def test_bipedal_walker_starts_again_wherever_it_would_continue_differently():
     for steps in (0, 50, 400):  # Box2D's world outlives an episode, and its history shows only when the walker falls
-        envs, others, actions = stepped_and_continued("BipedalWalker-v3", steps)
-        if not notices(capfd.readouterr().err):
+        envs, others, again, actions = stepped_and_continued("BipedalWalker-v3", steps)
+        if not again.any():
             assert_equal_steps(envs, others, actions)
 
 
@@ -362,12 +364,36 @@ def test_bipedal_walker_gives_the_notice_wherever_it_would_continue_differently(
     + [(120, {"where": "random", "length": 400, "late": 300}), (250, {"where": "reward", "length": 400, "late": 220})],
     ids=str,
 )
-def test_an_episode_with_state_elsewhere_starts_again_and_a_line_says_so(steps, kwargs, capfd):
-    envs, others, _ = stepped_and_continued("goals:Goal-v0", steps, **kwargs)
-    (notice,) = notices(capfd.readouterr().err)
-    assert "[0, 1] start again" in notice
+def test_an_episode_with_state_elsewhere_starts_again(steps, kwargs):
+    envs, others, again, _ = stepped_and_continued("goals:Goal-v0", steps, **kwargs)
+    assert again.all()
     assert list(others.episode) == list(envs.episode + 1) and others.global_step == envs.global_step
     assert not others.lengths.any() and not others.returns.any() and not others.discounted.any()
+
+
+class Endless(gym.Env):
+    """Actions are a matrix, and no episode ends."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+    action_space = gym.spaces.Box(-1, 1, (2, 2))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.normal(size=2)
+        return self.x.astype(np.float32), {}
+
+    def step(self, action):
+        self.x = 0.9 * self.x + action.sum(0)
+        return self.x.astype(np.float32), -abs(self.x).sum(), False, False, {}
+
+
+def test_a_run_without_an_episode_s_end_resumes_and_saves_to_the_bit(interrupted_after, tmp_path):
+    gym.register("Endless-v0", Endless)
+    flags = [*SMALL, "--env-id", "Endless-v0", "--eval-max-steps", 50, "--total-timesteps", 4 * BATCH]
+    train(*flags, "--runs-dir", tmp_path / "whole")
+    interrupted_after(2, *flags, "--runs-dir", tmp_path / "resumed")
+    train("--resume", only(tmp_path / "resumed"), "--checkpoint-every", 0)
+    assert_same_outcome(only(tmp_path / "resumed"), only(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("where", ["random", "np.random", "first observation", "reward", "nowhere"])

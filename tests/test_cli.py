@@ -615,7 +615,7 @@ def test_a_run_compiled_in_a_thread_or_a_notebooks_cell(place, tmp_path, v4_run,
 @pytest.mark.parametrize("name", OBSERVATIONS)
 def test_observations_reach_the_networks_flat(name, tmp_path):
     space, size = OBSERVATIONS[name]
-    envs = Envs(Args(env_id=f"Obs{name}-v0"), [3])
+    envs = Envs(Args(env_id=f"Obs{name}-v0", num_envs=4), range(3, 4))
     space.seed(int(np.random.SeedSequence([1, 4, 1]).generate_state(1)[0]))
     np.testing.assert_array_equal(envs.obs[0], gym.spaces.flatten(space, space.sample()))
     next_obs = envs.step(np.zeros((1, 3), np.float32))["next_obs"]
@@ -687,7 +687,7 @@ def test_a_wide_box_is_learned_where_actions_are_rescaled(rescale, tmp_path):
 def test_streams_of_two_seeds_share_nothing_nor_does_evaluation():
     draws = []
     for seed in (1, 2):
-        envs = Envs(Args(env_id="ActMatrix-v0", seed=seed), [-1, *range(8)])
+        envs = Envs(Args(env_id="ActMatrix-v0", seed=seed), range(-1, 8))
         for _ in range(199):
             envs.reset(np.ones(9, dtype=bool))
         for env in envs.vector_env.envs:

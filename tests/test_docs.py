@@ -47,8 +47,10 @@ import vmpo
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = ROOT / "docs" / "recipes.md"
 SCRIPTS = {path.name for path in ROOT.glob("*.py")}
-PROGRAMS = "python pip uv pytest tensorboard mkdocs pre-commit git ray sbatch srun flock".split()  # only noted
-REAL = "bash cat cp dirname env mkdir nice seq".split()  # run as they are
+PROGRAMS = (
+    "python pip uv pytest tensorboard mkdocs pre-commit git ray sbatch srun torchrun nvidia-smi flock".split()
+)  # only noted
+REAL = "bash cat cp dirname env mkdir mktemp nice rm sed seq tail tee timeout".split()  # run as they are
 CHEETAH, CARTPOLE = "runs/HalfCheetah-v4__ppo_continuous__1__1735689600", "runs/CartPole-v1__vmpo__1__1735689600"
 SHORT = "--no-compile --eval-episodes 1 --device cpu".split()
 COMMAND = re.compile(rf"(\$ )?((?:{'|'.join(PROGRAMS)}) .*|benchmarks/\w+\.sh\b.*)")
@@ -190,7 +192,7 @@ def check_script(name: str, flags: list[str]):
 
 def check_benchmark(name: str, flags: list[str]):
     if name == "phases.py":
-        check_script(flags[0], flags[1:])
+        check_script(flags[0] if flags[0] in SCRIPTS else "ppo_continuous.py", flags[1:])  # or a copy of it
     elif name == "random_policy.py":
         assert all(gym.spec(env_id) for env_id in flags)
     elif name == "hybrid_speed.py":
@@ -201,6 +203,8 @@ def check_benchmark(name: str, flags: list[str]):
 
 def check_pip(words: list[str]):
     """Its files are there, its pins agree with those of the requirements files."""
+    if words == ["check"]:
+        return
     assert words[0] == "install"
     pinned, words = pins(), iter(words[1:])
     for word in words:
@@ -215,11 +219,18 @@ def check_pip(words: list[str]):
 
 def check_call(call: dict):
     program, *words = call["words"]
+    if program == "srun":
+        program, *words = words
+    if program == "torchrun":
+        script = next(i for i, word in enumerate(words) if word in SCRIPTS)
+        program, words = "python", words[script:]
     if program == "uv":
         assert words[0] == "run"
         program, words = "python", words[1:]
     if program == "pip":
         check_pip(words)
+    elif program == "python" and words[0] == "-c":
+        compile(words[1], "-c", "exec")
     elif program == "python" and words[0] == "-m":
         assert words[1] in ("venv", "pip", "pytest")
     elif program == "python" and words[0] in SCRIPTS:

@@ -19,6 +19,7 @@ SMALL = "--num-envs 4 --num-steps 32 --num-minibatches 2 --update-epochs 2 --eva
 SOURCES = ["info", "action_mask", "action_masks()", "observations"]
 ONE, SEVERAL = Discrete(5), MultiDiscrete([3, 5, 4])
 STEPS = Counter()  # of all the environments below, by whether every choice was valid
+BATCH_STEPS = Counter()  # of the batches below, by their size
 
 # What makes an agent, and the layer whose outputs are the choices' logits
 Case = namedtuple("Case", "script space make_agent head")
@@ -106,15 +107,16 @@ class Batch(gym.vector.VectorEnv):
             return {}
         return {"action_mask": np.array([env.mask() for env in self.envs])}
 
-    def reset(self, *, seed, options=None):
+    def reset(self, *, seed=None, options=None):
         starting = np.ones(self.num_envs, dtype=bool) if options is None else options["reset_mask"]
-        seeds = seed if isinstance(seed, list) else range(seed, seed + self.num_envs)
+        seeds = seed if isinstance(seed, list) else [seed] * self.num_envs
         self.obs = np.zeros((self.num_envs, 3), np.float32) if options is None else self.obs.copy()
         for i in np.flatnonzero(starting):
             self.obs[i] = self.envs[i].reset(seed=seeds[i])[0]
         return self.obs, self.info()
 
     def step(self, actions):
+        BATCH_STEPS[self.num_envs] += 1
         steps = map(Guarded.step, self.envs, gym.vector.utils.iterate(self.action_space, actions))
         self.obs, rewards, terminated, truncated, _ = map(np.array, zip(*steps))
         return self.obs, rewards, terminated, truncated, self.info()
@@ -240,7 +242,9 @@ def test_a_masked_run_resumes_to_the_bit(case, register, tmp_path, monkeypatch):
 
 @every_case
 def test_a_batch_of_environments_gives_its_masks_in_the_info(case, register, tmp_path, capfd):
+    BATCH_STEPS.clear()
     batched = run(case.script, tmp_path / "batched", register(case.space, batch=True))
+    assert list(BATCH_STEPS.values()) == [512 / next(iter(BATCH_STEPS))]
     assert STEPS == {True: 512 + 3 * 50}
     assert capfd.readouterr().out.splitlines()[0].endswith(", masks from info")
     assert_same_outcome(batched, run(case.script, tmp_path / "single", register(case.space)))

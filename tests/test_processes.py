@@ -157,7 +157,7 @@ def test_a_signal_ends_all_processes_and_the_run_goes_on(number, tmp_path):
     "flags, message",
     [
         ("--env-id Hoper-v4", "error: --env-id Hoper-v4 .*Did you mean: `Hopper`"),
-        ("--num-envs 2 --num-steps 1024", "error: --num-envs 2: must be at least 3, one for each process"),
+        ("--num-envs 2 --num-steps 1024", "error: --num-envs 2: is less than 3 processes"),
     ],
 )
 def test_a_mistake_is_said_once(flags, message, tmp_path):

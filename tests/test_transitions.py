@@ -158,7 +158,7 @@ def test_a_batch_without_the_last_observation_is_refused_with_one_line(capsys):
 
 def test_a_batch_that_cannot_be_used_is_said_and_runs_one_by_one(tmp_path, capsys):
     run(tmp_path, "--env-id", "Batched/NEXT_STEP-Hopper-v4", "--total-timesteps", 256, "--no-compile")
-    assert "notice: one by one: the batch of Batched/NEXT_STEP-Hopper-v4 hides" in capsys.readouterr().err
+    assert "run one by one: Batched/NEXT_STEP-Hopper-v4's own batch hides" in capsys.readouterr().err
 
 
 def test_the_episodes_of_a_batch_that_resets_itself_start_again_and_a_notice_says_so(tmp_path, capsys):
