@@ -289,12 +289,12 @@ def write_files(home: Path, files: dict[str, bytes]):
             path.unlink()
 
 
-def run_on_worker(script_name: str, script: bytes, flags: list[str], files: dict[str, bytes]):
-    """A task of the cluster: one run in a temporary folder. Yields (exit status or None, files, more of the log), at
-    each new checkpoint and at the end."""
+def run_on_worker(sources: dict[str, bytes], flags: list[str], files: dict[str, bytes]):
+    """A task of the cluster: one run, of the first of the sources, in a temporary folder. Yields (exit status or None,
+    files, more of the log), at each new checkpoint and at the end."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         home = Path(temporary)
-        (home / script_name).write_bytes(script)
+        write_files(home, sources)
         write_files(home / "run", files)
 
         def folder() -> Path | None:
@@ -307,7 +307,7 @@ def run_on_worker(script_name: str, script: bytes, flags: list[str], files: dict
         flags = resume_flags(flags, folder()) if folder() else [*flags, "--runs-dir", str(home / "run")]
         seen = saved_at()
         with open(home / "log", "wb") as output, open(home / "log", "rb") as log:
-            process = start(home / script_name, flags, output)
+            process = start(home / next(iter(sources)), flags, output)
             try:
                 while process.poll() is None:
                     time.sleep(POLL)
@@ -351,8 +351,10 @@ def run_on_cluster(task, runs: list[Run], args: Args, show) -> list[Run]:
     import ray
 
     def submit(run: Run):
-        files = read_files(run.folder())
-        running[task.remote(run.script.name, run.script.read_bytes(), run.flags, files)] = run
+        here = run.script.parent
+        paths = [run.script, *here.glob("environments/*.py")]
+        sources = {str(path.relative_to(here)): path.read_bytes() for path in paths}
+        running[task.remote(sources, run.flags, read_files(run.folder()))] = run
 
     waiting, running, failed, losses = list(runs), {}, [], Counter()
     try:

@@ -407,6 +407,13 @@ def test_a_run_that_lost_its_last_worker_has_failed_and_the_next_runner_continue
     assert_same_outcome(run_dir(COMMANDS[0], tmp_path), run_dir(COMMANDS[0], never_killed))
 
 
+def test_the_folder_of_environments_travels_with_the_script(two_nodes, tmp_path):
+    command = "python hppo_hybrid.py --env-id environments.hybrid:HybridMoving-v0 --total-timesteps 512 --num-envs 8"
+    command += " --num-steps 64 --num-minibatches 4 --no-compile --eval-episodes 1"
+    status, _, err = run([command], tmp_path, "--cluster", two_nodes[0])
+    assert status == 0 and "1 of 1 runs, 0 failed" in err, err
+
+
 def test_resources_that_no_node_has_are_pointed_out(two_nodes, tmp_path):
     runner = start(COMMANDS[:1], tmp_path, "--cluster", two_nodes[0], "--cpus", "2")
     assert runner.stderr.readline() == "warning: no node has the 2 CPUs and 0 GPUs of a run yet\n"
