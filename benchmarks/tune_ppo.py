@@ -10,7 +10,8 @@ draws the next setting from what the earlier ones have shown.
 
 Study and runs are in runs/tune_ppo. Kill the search when you like and start it again: the settings that were running go
 on from their last checkpoints. results/tune_ppo.csv has a row a trial and is written after each. Where there is no
-study, on another machine say, it begins with these rows.
+study, on another machine say, it begins with these rows. --best prints the lines that compare the winners with the
+default (tune_ppo_nine.sh).
 """
 
 import json
@@ -45,6 +46,7 @@ CHOICES = {  # the default first
 }
 FOLDER = HERE / "runs" / "tune_ppo"
 TABLE = HERE / "results" / "tune_ppo.csv"
+NINE = "Ant HalfCheetah Hopper Walker2d Swimmer Humanoid Reacher InvertedPendulum InvertedDoublePendulum".split()
 
 
 @dataclass
@@ -53,6 +55,8 @@ class Args:
     """settings in all, those of earlier starts included"""
     jobs: int = 2
     """settings at a time, a process of one thread each"""
+    best: int = 0
+    """search nothing; print command lines of the default and of so many best settings: nine tasks, seeds 1 to 5"""
 
 
 def flags_of(params: dict) -> list[str]:
@@ -135,7 +139,27 @@ def read_table(study: optuna.Study):
         study.add_trial(trial)
 
 
+def print_best(count: int):
+    """Command lines for runner.py, of the default and of the best settings that were tried with all seeds."""
+    if not TABLE.exists():
+        raise SystemExit(f"error: no {TABLE} yet: run the search first")
+    table = pd.read_csv(TABLE)
+    settings = {"default": ""}
+    for place, params in enumerate(table[table.state == "complete"].params.head(count), 1):
+        params = json.loads(params)
+        params["learning_rate"] = float(f"{params['learning_rate']:.3g}")
+        settings[f"tuned-{place}"] = " ".join(flags_of(params))
+    for seed in range(1, 6):
+        for task in NINE:
+            for name, flags in settings.items():
+                line = f"python ppo_continuous.py --env-id {task}-v4 --exp-name {name} --seed {seed} {flags}"
+                print(line.rstrip(), "--device cpu")
+
+
 def main(args: Args):
+    if args.best:
+        print_best(args.best)
+        return
     FOLDER.mkdir(parents=True, exist_ok=True)
     storage = f"sqlite:///{FOLDER / 'study.db'}"
     pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=len(TIANSHOU) - 1)
