@@ -555,7 +555,8 @@ class Envs:
         where the environment depends on more than seed and actions; there it starts anew."""
         names, N = ("obs", "episode", "returns", "lengths"), len(self.obs)
         obs, episode, returns, lengths = (state[name].numpy()[self.own] for name in names)
-        if len(state["obs"]) != self.args.num_envs or obs.shape != self.obs.shape:
+        sizes = {len(state[name]) for name in (*names, "global_step")}
+        if sizes != {self.args.num_envs} or obs.shape != self.obs.shape:
             raise ValueError("another number of environments, or another shape of observations")
         history = nn.utils.rnn.pad_sequence(state["history"].split(state["lengths"].tolist())[self.own]).numpy()
         L = len(history)

@@ -35,7 +35,7 @@ L_V is half the squared error of V against the GAE return, S the entropy, which 
 
 pi_old stays for --target-period gradient steps; were it pi_theta itself, the KL would be 0 and nothing held pi back.
 rho = min(1, pi_old / pi_b) is for samples that an older target drew, with pi_b. loss() is the sum of all these terms.
-The defaults suit a million steps on one machine; README.md has the paper's own settings as one line.
+The defaults suit a million steps on one machine; docs/vmpo.md has the paper's own settings as one line.
 
     python vmpo_lstm.py --env-id CartPole-v1    # then --resume or --eval with the folder that it names
 """
@@ -549,7 +549,8 @@ class Envs:
         where the environment depends on more than seed and actions; there it starts anew."""
         names, N = ("obs", "episode", "returns", "lengths"), len(self.obs)
         obs, episode, returns, lengths = (state[name].numpy()[self.own] for name in names)
-        if len(state["obs"]) != self.args.num_envs or obs.shape != self.obs.shape:
+        sizes = {len(state[name]) for name in (*names, "global_step")}
+        if sizes != {self.args.num_envs} or obs.shape != self.obs.shape:
             raise ValueError("another number of environments, or another shape of observations")
         history = nn.utils.rnn.pad_sequence(state["history"].split(state["lengths"].tolist())[self.own]).numpy()
         L = len(history)

@@ -62,7 +62,7 @@ else
     echo "=== envpool is not installed"
 fi
 
-if python -c "import jpype" 2> /dev/null; then
+if python -c "import jpype, importlib.util as util; assert util.find_spec('gym_microrts')" 2> /dev/null; then
     phases gridnet cuda ppo_multidiscrete_joint_loss.py $microrts \
         --env-kwargs '{"action_mode": "gridnet", "opponents": ["passiveAI"]}' --total-timesteps 8192
     phases gridnet cpu ppo_multidiscrete_joint_loss.py $microrts --no-compile \

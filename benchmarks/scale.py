@@ -39,22 +39,18 @@ class Case(NamedTuple):
 
 PROCESSES = [
     Case("ppo_continuous.py", env_id, N, T, 32, processes, iterations)
-    for env_id, N, T, iterations in [
-        ("HalfCheetah-v4", 8, 256, 32),
-        ("HalfCheetah-v4", 64, 64, 16),
-        ("Humanoid-v4", 8, 256, 10),
-    ]
+    for env_id, N, T, iterations in [("HalfCheetah-v4", 8, 256, 32), ("Humanoid-v4", 16, 128, 10)]
     for processes in (1, 2, 4)
 ]
 # From 128 environments on, the batch grows with them: at least 16 steps of each.
 CHEETAHS = [
     Case("ppo_continuous.py", "HalfCheetah-v4", N, max(2048 // N, 16), 32, 1, max(24 // max(N // 128, 1), 2))
-    for N in (1, 4, 16, 64, 256, 1024, 4096)
+    for N in (1, 8, 64, 512, 1024, 4096)
 ]
 # Minibatches of 16,384 steps, or the whole batch where it is smaller.
 MOVINGS = [
     Case("hppo_hybrid.py --update-epochs 4", MOVING, N, 64, max(N * 64 // 16384, 1), 1, max(4096 // N, 4))
-    for N in (1, 4, 16, 64, 256, 1024, 4096)
+    for N in (1, 8, 64, 512, 1024, 4096)
 ]
 
 

@@ -439,7 +439,7 @@ class Clock(gym.Env):
 def no_batch(**kwargs):
     """A vector environment of the Box actions, which nothing would hold."""
     env = gym.vector.SyncVectorEnv([Clock] * kwargs["num_envs"])
-    env.metadata = {"autoreset_mode": kwargs["autoreset_mode"]}
+    env.metadata = {"autoreset_mode": kwargs.get("autoreset_mode")}
     return env
 
 
