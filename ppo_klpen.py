@@ -279,7 +279,7 @@ class SameStep:
     """A batch with AutoresetMode.SAME_STEP in the form of one without autoreset: it has begun the next episodes by the
     time that they are asked for. Only the first ones take the seeds given."""
 
-    def __init__(self, vector_env: gym.vector.VectorEnv):
+    def __init__(self, vector_env: Any):
         self.vector_env = vector_env
         self.single_observation_space = vector_env.single_observation_space
         self.single_action_space = vector_env.single_action_space
