@@ -44,6 +44,7 @@ CHOICES = {  # the default first
     "log_std_init": [0.0, -0.5, -1.0, -1.5],
     "rescale_actions": [False, True],
 }
+DEFAULT = {name: choices[0] for name, choices in CHOICES.items()} | {"learning_rate": 3e-4}
 FOLDER = HERE / "runs" / "tune_ppo"
 TABLE = HERE / "results" / "tune_ppo.csv"
 NINE = "Ant HalfCheetah Hopper Walker2d Swimmer Humanoid Reacher InvertedPendulum InvertedDoublePendulum".split()
@@ -143,10 +144,10 @@ def print_best(count: int):
     """Command lines for runner.py, of the default and of the best settings that were tried with all seeds."""
     if not TABLE.exists():
         raise SystemExit(f"error: no {TABLE} yet: run the search first")
-    table = pd.read_csv(TABLE)
+    table = pd.read_csv(TABLE)  # the best first
     settings = {"default": ""}
-    for place, params in enumerate(table[table.state == "complete"].params.head(count), 1):
-        params = json.loads(params)
+    tried = [params for params in map(json.loads, table[table.state == "complete"].params) if params != DEFAULT]
+    for place, params in enumerate(tried[:count], 1):
         params["learning_rate"] = float(f"{params['learning_rate']:.3g}")
         settings[f"tuned-{place}"] = " ".join(flags_of(params))
     for seed in range(1, 6):
@@ -168,7 +169,7 @@ def main(args: Args):
     if not study.trials and TABLE.exists():
         read_table(study)
     if not study.trials:
-        study.enqueue_trial({name: choices[0] for name, choices in CHOICES.items()} | {"learning_rate": 3e-4})
+        study.enqueue_trial(DEFAULT)
     done = [trial.params for trial in finished(study)]
     for trial in study.trials:  # what ran when the last start was killed
         if trial.state == TrialState.RUNNING:
