@@ -1314,9 +1314,9 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
     masks = f", masks from {envs.mask_source}" if envs.mask_source else ""
     processes = f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
     print(f"{run_dir}: {size}, {device}{processes}{masks}", flush=True)
-    options = {"unit": " steps", "unit_scale": batch_size, "mininterval": 0.2 if sys.stderr.isatty() else 10}
+    options = {"unit": " steps", "mininterval": 0.2 if sys.stderr.isatty() else 10}
     start = progress["iteration"]
-    bar = tqdm(range(start + 1, iterations + 1), total=iterations, initial=start, **options)
+    bar = tqdm(total=iterations * batch_size, initial=start * batch_size, **options)
     newest = max((float(path.name.split(".")[3]) for path in run_dir.glob("events.out.*")), default=0.0)
     if time.time() - newest < 1:  # TensorBoard reads these files in the order of their names, which have whole seconds
         time.sleep(1)
@@ -1337,7 +1337,7 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
             for name, value in scalars.items():
                 writer.add_scalar(f"{prefix}/{name}", value, envs.global_step)
 
-        for iteration in bar:
+        for iteration in range(start + 1, iterations + 1):
             started = time.perf_counter()
             if args.anneal_lr:
                 learning_rate.fill_(args.learning_rate * (1 - (iteration - 1) / iterations))
@@ -1379,6 +1379,7 @@ def train(run_dir: Path, args: Args, agent: Agent, optimizer: dict, envs: Envs, 
                 writer.flush()
                 save(run_dir, cpu_agent, optimizer, envs, progress)
                 saved_at = time.monotonic()
+            bar.update(batch_size)
 
         result = {"iteration": progress["iteration"], "global_step": envs.global_step, "seconds": progress["seconds"]}
         result |= {"sps": int(envs.global_step / progress["seconds"]), "compile_seconds": compile_seconds}
