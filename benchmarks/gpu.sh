@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a CUDA GPU does for the scripts, and the CPU beside it, in at most 12 minutes: docs/gpu.md says what to expect.
 # Prints to the terminal and into OUT (default: gpu); a step that fails or runs out of time does not stop the others.
-# MicroRTS and EnvPool are left out, and said, where their packages are missing.
+# EnvPool, MicroRTS and Playground are left out, and said, where their packages are missing.
 #
 #     pip install -r tests/requirements.txt && benchmarks/gpu.sh
 set -uo pipefail
@@ -14,10 +14,15 @@ export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 cheetah="--env-id HalfCheetah-v4"
 microrts="--env-id environments.microrts:MicroRTS-10x10-basesWorkers"
 
-# step SECONDS NAME COMMAND...: run it, at most so long
+# step SECONDS NAME COMMAND...: run it, at most so long, and not beyond the twelfth minute
 step() {
-    local seconds=$1 name=$2
+    local seconds=$1 name=$2 left=$((720 - SECONDS))
     shift 2
+    if [ "$left" -le 0 ]; then
+        echo "=== $name: no time left" | tee "$out/$name.txt"
+        return
+    fi
+    seconds=$((seconds < left ? seconds : left))
     echo "=== $name: $*"
     timeout "$seconds" "$@" 2>&1 | tail -n 40 | tee "$out/$name.txt"
     local status=${PIPESTATUS[0]}
@@ -28,7 +33,7 @@ step() {
 phases() {
     local name=$1 device=$2
     shift 2
-    step 60 "$name-$device" python benchmarks/phases.py "$@" --device "$device" --eval-episodes 0 --runs-dir "$temporary"
+    step 90 "$name-$device" python benchmarks/phases.py "$@" --device "$device" --eval-episodes 0 --runs-dir "$temporary"
 }
 
 nvidia-smi | tee "$out/nvidia-smi.txt"
@@ -69,4 +74,13 @@ if python -c "import jpype, importlib.util as util; assert util.find_spec('gym_m
         --env-kwargs '{"action_mode": "gridnet", "opponents": ["passiveAI"]}' --total-timesteps 6144
 else
     echo "=== MicroRTS is not installed"
+fi
+
+if python -c "import mujoco_playground" 2> /dev/null; then
+    for device in cuda cpu; do
+        phases playground "$device" ppo_continuous.py --env-id environments.playground:Playground-CartpoleBalance \
+            --num-envs 2048 --num-steps 16 --num-minibatches 16 --update-epochs 4 --total-timesteps 163840
+    done
+else
+    echo "=== MuJoCo Playground is not installed"
 fi
