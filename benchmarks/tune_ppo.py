@@ -4,9 +4,9 @@
 
 A trial is a setting. It trains 1M steps on HalfCheetah, Hopper, Walker2d and Ant with seeds 101 to 103, twelve runs,
 seed by seed. Its value is the mean over these of (mean return of the last 100 episodes) / (Tianshou's PPO at 1M steps);
-that table only sets the scale of each task. The first trial is the default. A trial ends after its first seed, or
-later, when its mean so far is below the median, at the same run, of those that went to their end. Optuna's TPE sampler
-draws the next setting from what the earlier ones have shown.
+that table only sets the scale of each task. The first trials are the default, the default with a smaller sigma, and
+Tianshou's own setting; Optuna's TPE sampler draws the others from what the earlier ones have shown. A trial ends early
+when its runs so far are worse, by a paired Wilcoxon test, than the same tasks and seeds of the best trial.
 
 Study and runs are in runs/tune_ppo. Kill the search when you like and start it again: the settings that were running go
 on from their last checkpoints. results/tune_ppo.csv has a row a trial and is written after each. Where there is no
@@ -45,6 +45,14 @@ CHOICES = {  # the default first
     "rescale_actions": [False, True],
 }
 DEFAULT = {name: choices[0] for name, choices in CHOICES.items()} | {"learning_rate": 3e-4}
+STARTS = [
+    DEFAULT,
+    DEFAULT | {"log_std_init": -1.0},
+    # examples/mujoco/mujoco_ppo.py of Tianshou, as far as these flags go
+    DEFAULT
+    | {"num_envs": 32, "num_steps": 64, "norm_adv": False, "clip_vloss": False, "vf_coef": 0.25}
+    | {"log_std_init": -0.5},
+]
 FOLDER = HERE / "runs" / "tune_ppo"
 TABLE = HERE / "results" / "tune_ppo.csv"
 NINE = "Ant HalfCheetah Hopper Walker2d Swimmer Humanoid Reacher InvertedPendulum InvertedDoublePendulum".split()
@@ -95,15 +103,21 @@ def train(params: dict, env_id: str, seed: int) -> float:
 def objective(trial: optuna.Trial) -> float:
     params = {name: trial.suggest_categorical(name, choices) for name, choices in CHOICES.items()}
     params["learning_rate"] = float(f"{trial.suggest_float('learning_rate', 5e-5, 2e-3, log=True):.3g}")
-    values = []
     for number, (env_id, seed) in enumerate(RUNS):
         score = train(params, env_id, seed)
         trial.set_user_attr(f"{env_id} seed {seed}", score)
-        values.append(score / TIANSHOU[env_id])
-        trial.report(float(np.mean(values)), number)
+        trial.report(score / TIANSHOU[env_id], number)
         if trial.should_prune():
             raise optuna.TrialPruned
-    return float(np.mean(values))
+    return value_of(trial)
+
+
+def value_of(trial: optuna.Trial | optuna.trial.FrozenTrial) -> float:
+    """The mean over the runs that the trial has done."""
+    done = [
+        (env_id, score) for env_id, seed in RUNS if (score := trial.user_attrs.get(f"{env_id} seed {seed}")) is not None
+    ]
+    return float(np.mean([score / TIANSHOU[env_id] for env_id, score in done]))
 
 
 def finished(study: optuna.Study) -> list:
@@ -111,16 +125,16 @@ def finished(study: optuna.Study) -> list:
 
 
 def write_table(study: optuna.Study, _):
-    """results/tune_ppo.csv from the study, the best first."""
+    """results/tune_ppo.csv from the study: the best first, those that ended early last."""
     rows = [
-        {"state": trial.state.name.lower(), "value": trial.value, "params": json.dumps(trial.params)}
+        {"state": trial.state.name.lower(), "value": value_of(trial), "params": json.dumps(trial.params)}
         | trial.user_attrs
-        | {"means": json.dumps(list(trial.intermediate_values.values()))}
         for trial in finished(study)
     ]
-    table = pd.DataFrame(rows, columns=["state", "value", "params", *(f"{e} seed {s}" for e, s in RUNS), "means"])
+    table = pd.DataFrame(rows, columns=["state", "value", "params", *(f"{e} seed {s}" for e, s in RUNS)])
+    table = table.sort_values(["state", "value"], ascending=[True, False], kind="stable")  # complete, then pruned
     temporary = TABLE.with_suffix(".tmp")
-    table.sort_values("value", ascending=False, kind="stable").to_csv(temporary, index=False)
+    table.to_csv(temporary, index=False)
     os.replace(temporary, TABLE)
 
 
@@ -129,13 +143,15 @@ def read_table(study: optuna.Study):
     distributions = {name: optuna.distributions.CategoricalDistribution(c) for name, c in CHOICES.items()}
     distributions["learning_rate"] = optuna.distributions.FloatDistribution(5e-5, 2e-3, log=True)
     for row in pd.read_csv(TABLE).to_dict("records"):
+        scores = [(env_id, seed, row[f"{env_id} seed {seed}"]) for env_id, seed in RUNS]
+        scores = [(env_id, seed, score) for env_id, seed, score in scores if pd.notna(score)]
         trial = optuna.create_trial(
             state=TrialState[row["state"].upper()],
             value=row["value"],
             params=json.loads(row["params"]),
             distributions=distributions,
-            user_attrs={f"{e} seed {s}": row[f"{e} seed {s}"] for e, s in RUNS if pd.notna(row[f"{e} seed {s}"])},
-            intermediate_values=dict(enumerate(json.loads(row["means"]))),
+            user_attrs={f"{env_id} seed {seed}": score for env_id, seed, score in scores},
+            intermediate_values={n: score / TIANSHOU[env_id] for n, (env_id, _, score) in enumerate(scores)},
         )
         study.add_trial(trial)
 
@@ -163,19 +179,20 @@ def main(args: Args):
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
     storage = f"sqlite:///{FOLDER / 'study.db'}"
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=len(TIANSHOU) - 1)
+    pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.15)  # three runs, all worse: p = 0.125
     study = optuna.create_study(storage=storage, study_name="ppo", direction="maximize", load_if_exists=True)
     study.pruner = pruner
     if not study.trials and TABLE.exists():
         read_table(study)
-    if not study.trials:
-        study.enqueue_trial(DEFAULT)
-    done = [trial.params for trial in finished(study)]
-    for trial in study.trials:  # what ran when the last start was killed
+    for params in STARTS:
+        study.enqueue_trial(params, skip_if_exists=True)
+    killed = (TrialState.RUNNING, TrialState.FAIL)  # what ran when the last start ended goes on
+    kept = [trial.system_attrs.get("fixed_params", trial.params) for trial in study.trials if trial.state not in killed]
+    for trial in study.trials:
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
-        if trial.state in (TrialState.RUNNING, TrialState.FAIL) and trial.params not in done:
-            done.append(trial.params)
+        if trial.state in killed and trial.params not in kept:
+            kept.append(trial.params)
             study.enqueue_trial(trial.params)
     study.sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=len(study.trials))
     left = max(args.trials - len(finished(study)), 0)
