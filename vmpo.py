@@ -158,6 +158,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
             if isinstance(saved[name], bool) and kind is not bool:
                 raise TypeError(f"{name} is {saved[name]}")
         default = Args(**saved)
+    except FileNotFoundError:
+        fail(f"{flag} {path}: there is no {config}")
     except (OSError, ValueError, LookupError, TypeError, typeguard.TypeCheckError) as error:
         fail(f"{flag} {path}: {config} is of no {Path(__file__).stem} run ({type(error).__name__}: {error})")
     if ":" in default.env_id and args.env_id != default.env_id:  # import no module just because a file names it

@@ -16,6 +16,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -29,11 +30,11 @@ BANNER = r"^# ===== (\w+) =+\n"
 
 @dataclass
 class Args:
-    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="A.py B.py")] = ()
     """two scripts"""
-    table: bool = False
+    table: tyro.conf.FlagCreatePairsOff[bool] = False
     """the table of section x script, in markdown"""
-    html: Path | None = None
+    html: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """where to write the page"""
 
 

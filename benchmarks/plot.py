@@ -24,6 +24,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from dataclasses import dataclass
 from itertools import cycle, product
 from pathlib import Path
@@ -42,6 +43,7 @@ from matplotlib.ticker import EngFormatter
 
 matplotlib.rcParams["svg.hashsalt"] = "plot"  # the same runs give the same bytes
 POINTS = 200  # of a curve
+MANY = 6  # settings in one name
 GRID = np.arange(1, POINTS + 1) / POINTS
 # Okabe and Ito's palette
 BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #666666".split()
@@ -189,8 +191,8 @@ def name_groups(runs: list[Run], by: tuple[str, ...]) -> list[str]:
     """For each run the name of its group: the settings, in words, in which runs in the same environment differ.
 
     A script's runs differ from another's in many settings, as do those of two --exp-name, so these two come first, and
-    of the others only what differs among runs that agree in them. What a run does not have is no difference. The
-    arguments that follow total_timesteps may change within a run and are no settings.
+    of the others only what differs among runs that agree in them, in some environment. What a run does not have is no
+    difference. The arguments that follow total_timesteps may change within a run and are no settings.
     """
     table = pd.DataFrame([{name: words(name, value) for name, value in run.settings.items()} for run in runs])
     settings = {}
@@ -199,24 +201,28 @@ def name_groups(runs: list[Run], by: tuple[str, ...]) -> list[str]:
         settings |= dict.fromkeys(names[: names.index("total_timesteps") + 1])
     settings = [name for name in settings if name not in NO_SETTINGS]
 
-    def differing(names, among: list[str]) -> list[str]:
-        groups = table.groupby(among, dropna=False)
+    def differing(runs: pd.DataFrame, names, among: list[str]) -> list[str]:
+        groups = runs.groupby(among, dropna=False)
         return [name for name in names if (groups[name].nunique() > 1).any()]
 
-    kept = differing(["script"], ["env_id"]) + differing(["exp_name"], ["env_id", "script"])
-    kept += differing([s for s in settings if s not in ("script", "exp_name")], ["env_id", "script", "exp_name"])
+    first = differing(table, ["script"], ["env_id"]) + differing(table, ["exp_name"], ["env_id", "script"])
+    others = [name for name in settings if name not in ("script", "exp_name")]
+    alike = table.groupby(["script", "exp_name"])
+    named = {key: first + differing(runs, others, ["env_id"]) for key, runs in alike}
     if by:
+        kept = [name for name in settings if any(name in names for names in named.values())]
         by = [name.replace("-", "_") for name in by]
         for name in by:
             if name not in table:
                 fail(f"--by {name}: no run has such a setting; they differ in {', '.join(kept) or 'none'}")
-        mixed = differing([name for name in kept if name not in by], ["env_id", *by])
+        mixed = differing(table, [name for name in kept if name not in by], ["env_id", *by])
         if mixed:
             notice(f"runs of one group differ in {', '.join(mixed)}")
-        kept = by
-    if not kept:
-        return table["exp_name"].tolist()
-    return [", ".join(row.dropna()) or "the others" for _, row in table[kept].iterrows()]
+        named = dict.fromkeys(named, by)
+    elif max(map(len, named.values())) > MANY:
+        notice("some runs differ in many settings: --by exp_name, or another setting, gives them shorter names")
+    rows = [row[named[row["script"], row["exp_name"]]].dropna() for _, row in table.iterrows()]
+    return [", ".join(row) or ("the others" if by else row_name) for row, row_name in zip(rows, table["exp_name"])]
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
@@ -266,11 +272,11 @@ class Series:
             self.low[self.whole], self.high[self.whole] = interval([whole], iqm)
 
 
-def panels(count: int, columns: int = 4):
-    """A figure and its axes; those that are left over are blank, for the legend."""
+def panels(count: int, columns: int = 4, size: tuple[float, float] = (3.1, 2.9)):
+    """A figure and its axes, `size` inches each; those that are left over are blank, for the legend."""
     columns = min(count, columns)
     rows = -(-count // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.9 * rows), squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
     for axis in axes.flat[count:]:
         axis.axis("off")
     return fig, list(axes.flat)
@@ -313,7 +319,8 @@ def picture_of(fig, kind: str, **options) -> bytes:
 
 def save(fig, path: Path):
     path.parent.mkdir(exist_ok=True)
-    fig.tight_layout()
+    if fig.get_layout_engine() is None:
+        fig.tight_layout()
     replace_file(path, picture_of(fig, path.suffix[1:], bbox_inches="tight"))
 
 
@@ -327,6 +334,24 @@ def save_panels(fig, axes: list, path: Path):
     else:
         columns = max(1, int(12 * fig.get_figwidth() / (8 + max(map(len, entries)))))
         fig.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=min(columns, len(entries)), **options)
+    save(fig, path)
+
+
+def save_unlike_panels(fig, axes: list, path: Path):
+    """With a legend below each panel, of its own curves alone."""
+    grid = axes[0].get_gridspec()
+    width, height = fig.get_size_inches() / (grid.ncols, grid.nrows)
+    heights = np.full(grid.nrows, height)
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        labels = [textwrap.fill(label, int(13 * width)) for label in labels]
+        axis.legend(handles, labels, loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False, fontsize=7)
+        lines = sum(label.count("\n") + 1.5 for label in labels)
+        row = axis.get_subplotspec().rowspan.start
+        heights[row] = max(heights[row], height + 0.13 * lines)
+    grid.set_height_ratios(heights)
+    fig.set_figheight(heights.sum())
+    fig.set_layout_engine("constrained")
     save(fig, path)
 
 
@@ -460,13 +485,17 @@ def main(args: Args):
     for run, name in sorted(zip(runs, name_groups(runs, args.by)), key=lambda pair: natural(pair[1])):
         groups.setdefault(run.settings["env_id"], {}).setdefault(name, []).append(run)
 
+    if args.metric in EPISODES:
+        early = sum(run.steps[-100:][0] < 0.8 * run.end for run in runs)
+        if early:
+            notice(f"in {early} of {len(runs)} runs the last 100 episodes, the score, are more than a fifth of the run")
     rows = [summary(e, name, same, args.metric) for e in sorted(groups) for name, same in groups[e].items()]
     names = sorted({name for same in groups.values() for name in same}, key=natural)
     legend = {name: f"{name} ({count_of([same[name] for same in groups.values() if name in same])})" for name in names}
     styles = styles_of(legend.values())
 
     y_label = args.metric.rpartition("/")[2].replace("_", " ")
-    fig, axes = panels(len(groups))
+    fig, axes = panels(len(groups), size={1: (6.0, 4.0), 2: (4.5, 3.5)}.get(len(groups), (3.1, 2.9)))
     figures = []
     for axis, env_id in zip(axes, sorted(groups)):
         total = max(run.settings["total_timesteps"] for same in groups[env_id].values() for run in same)
@@ -482,7 +511,10 @@ def main(args: Args):
             figures.append(figure_of(title, series, styles, y_label))
     table = pd.DataFrame(rows)
     scored = f"{y_label} of each run, mean of its last {'100 episodes' if args.metric in EPISODES else '10 values'}"
-    save_panels(fig, axes, args.output)
+    if all(len(same) == len(names) for same in groups.values()):
+        save_panels(fig, axes, args.output)
+    else:
+        save_unlike_panels(fig, axes[: len(groups)], args.output)
     written = [args.output, args.output.with_suffix(".csv")]
     replace_file(written[1], table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
     if args.html:

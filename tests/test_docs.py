@@ -51,7 +51,7 @@ PROGRAMS = (
     "python pip uv pytest tensorboard mkdocs pre-commit git ray sbatch srun torchrun nvidia-smi flock".split()
 )  # only noted
 REAL = "bash cat cp dirname env mkdir mktemp nice rm sed seq tail tee timeout".split()  # run as they are
-CHEETAH, CARTPOLE = "runs/HalfCheetah-v4__ppo_continuous__1__1735689600", "runs/CartPole-v1__vmpo__1__1735689600"
+CHEETAH, CARTPOLE = "runs/HalfCheetah-v4__ppo_continuous__1__1795806287", "runs/CartPole-v1__vmpo__1__1795806287"
 SHORT = "--no-compile --eval-episodes 1 --device cpu".split()
 COMMAND = re.compile(rf"(\$ )?((?:{'|'.join(PROGRAMS)}) .*|benchmarks/\w+\.sh\b.*)")
 NOTE = f"""#!{sys.executable} -IS

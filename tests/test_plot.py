@@ -69,9 +69,34 @@ def test_scripts_differ_by_their_names_and_not_by_all_their_settings(tmp_path):
     write_run(tmp_path, script="vmpo", exp_name="vmpo", learning_rate=1e-3, norm_adv=False, eps_eta=0.1)
     write_run(tmp_path, env_id="Ant-v4", norm_adv=False)  # other settings for another task are no difference
     assert [name.removeprefix("ppo_continuous, ") for name in groups(tmp_path)] == [
-        *("learning rate 0.001", "learning rate 0.0003", "vmpo, learning rate 0.001"),
+        *("learning rate 0.001", "learning rate 0.0003", "vmpo"),
         "learning rate 0.0003",
     ]
+
+
+def test_names_of_many_settings_are_kept_to_those_of_the_runs_that_differ(tmp_path, capsys):
+    many = {f"coef_{n}": n for n in range(plot.MANY)}
+    for value in (0, 1):
+        write_run(
+            tmp_path, script="vmpo", exp_name="vmpo", **{name: value + n for name, n in many.items()}, gamma=value
+        )
+    write_run(tmp_path)
+    first, second, other = groups(tmp_path)
+    assert first.count(",") == second.count(",") == plot.MANY + 1 and first != second and other == "ppo_continuous"
+    assert "notice: some runs differ in many settings: --by exp_name" in capsys.readouterr().err
+    assert groups(tmp_path, "gamma") == ["gamma 0", "gamma 1", "the others"]
+    assert "many settings" not in capsys.readouterr().err
+
+
+def test_panels_with_unlike_groups_name_their_own_curves_alone(tmp_path, capsys):
+    for env_id, name in (("Hopper-v4", "a"), ("Ant-v4", "b"), ("Ant-v4", "c")):
+        write_run(tmp_path / "runs", env_id=env_id, exp_name=name, end=20_000)
+    draw(tmp_path / "runs", tmp_path / "a.svg", html=True)
+    page = (tmp_path / "a.html").read_text()
+    assert [page.count(f">{name} (1 seed)<") for name in "abc"] == [1, 1, 1]
+    ant, hopper = page.split("</figure>")[:2]
+    assert "Ant-v4" in ant and "a (1 seed)" not in ant and "Hopper-v4" in hopper and "b (1 seed)" not in hopper
+    assert "3 of 3 runs the last 100 episodes, the score, are more than a fifth of the run" in capsys.readouterr().err
 
 
 def test_a_run_of_the_first_version_joins_one_of_the_second(tmp_path):
@@ -99,7 +124,10 @@ def test_the_table_and_its_file_have_the_scores_worked_out_by_hand(tmp_path, cap
     write_run(tmp_path / "runs", 1, [7] * 150, learning_rate=1e-3)
     plot.main(plot.Args((tmp_path / "runs", tmp_path / "runs/deep"), output=tmp_path / "a.png"))  # each run once
     out, err = capsys.readouterr()
-    assert err == "notice: 1 of 6 runs are not finished and are drawn as far as they are\n"
+    assert err == (
+        "notice: 1 of 6 runs are not finished and are drawn as far as they are\n"
+        "notice: in 6 of 6 runs the last 100 episodes, the score, are more than a fifth of the run\n"
+    )
     table = pd.read_csv(tmp_path / "a.csv", dtype=str).set_index("setting")
     five, one = (table.loc[f"learning rate {rate}"] for rate in ("0.0003", "0.001"))
     assert [five[name] for name in ("environment", "seeds", "runs", "steps", "mean", "IQM", "each")] == [
@@ -210,10 +238,11 @@ def test_real_runs_are_plotted(tmp_path, capsys):
     flags += f" --total-timesteps 512 --eval-episodes 0 --no-compile --device cpu --runs-dir {tmp_path}/runs"
     for gamma in ("0.9", "0.99"):
         ppo_continuous.main(ppo_continuous.parse_args([*flags.split(), "--gamma", gamma]))
-    for metric in ("charts/episodic_return", "losses/value_loss"):
+    for metric, says in (("charts/episodic_return", "in 2 of 2 runs the last 100 episodes"), ("losses/value_loss", "")):
         capsys.readouterr()
         draw(tmp_path / "runs", tmp_path / "a.svg", metric=metric)
-        assert not capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert err.count("\n") == bool(says) and says in err
         assert pd.read_csv(tmp_path / "a.csv").setting.tolist() == ["gamma 0.9", "gamma 0.99"]
 
 
