@@ -346,6 +346,51 @@ def scores_figure(strata: dict):
     plot.save(fig, HERE / "figures/ppo_table1_scores.png")
 
 
+# --- tune_ppo: one setting for MuJoCo ---------------------------------------------------------------------------------
+
+# Tianshou's PPO at 1M steps, the best evaluation on the way, 10 seeds: examples/mujoco/README.md of thu-ml/tianshou
+TIANSHOU = {
+    **{"Ant-v4": 3258.4, "HalfCheetah-v4": 5783.9, "Hopper-v4": 2609.3, "Walker2d-v4": 3588.5, "Swimmer-v4": 66.7},
+    **{"Humanoid-v4": 787.1, "Reacher-v4": -4.1, "InvertedPendulum-v4": 1000.0, "InvertedDoublePendulum-v4": 9231.3},
+}
+
+
+def tune_ppo() -> str:
+    """The ten best settings of the search, by what they change in the first, the default."""
+    trials = pd.read_csv(HERE / "results/tune_ppo.csv")
+    settings = [json.loads(params) for params in trials.params]
+    (default,) = (params for params, start in zip(settings, trials.start) if start == "default")
+    trials["setting"] = [
+        ", ".join(plot.words(name, value) for name, value in params.items() if value != default[name]) or "the default"
+        for params in settings
+    ]
+    complete = trials[trials.state == "complete"].head(10)
+    table = pd.DataFrame({"value": complete.value.map("{:.3f}".format)}).set_index(complete.setting)
+    for task in ("HalfCheetah", "Hopper", "Walker2d", "Ant"):
+        table[task] = complete.filter(like=task).mean(axis=1).round().astype(int).to_numpy()
+    runs = int(trials.filter(like=" seed ").notna().sum().sum())
+    ended = int((trials.state == "pruned").sum())
+    return f"{len(trials)} settings, {runs} runs; {ended} settings ended early.\n\n{markdown('setting', table)}"
+
+
+def tune_ppo_nine(rows: pd.DataFrame, curves: pd.DataFrame) -> str:
+    random = pd.read_csv(HERE / "results/random_policy.csv", index_col="env_id")["mean"]
+    ends = pd.DataFrame({"random": random, "Tianshou": pd.Series(TIANSHOU)}).loc[list(TIANSHOU)]
+    settings = sorted(rows.setting.unique(), key=natural)
+    curves_figure(rows, curves, dict(zip(settings, (GREY, BLUE, ORANGE, GREEN))), "tune_ppo_nine")
+    scores = {}
+    for env_id, _, peer in ends.itertuples():
+        digits = 0 if abs(peer) >= 100 else 1
+        of_task = {s: with_interval([values_of(rows, s, env_id)], mean, digits) for s in settings}
+        scores[env_id] = of_task | {"Tianshou": f"{peer:.{digits}f}"}
+    strata = {s: normalised(rows, s, ends) for s in settings}
+    total = pd.DataFrame({"IQM, 95 % interval": {s: with_interval(strata[s], iqm, 2) for s in settings}})
+    total["mean, 95 % interval"] = {s: with_interval(strata[s], mean, 2) for s in settings}
+    total["runs"] = {s: f"{sum(map(len, strata[s]))} of {5 * len(TIANSHOU)}" for s in settings}
+    tables = markdown("environment", pd.DataFrame(scores).T), markdown("setting", total)
+    return "\n\n".join([tables[1], tables[0], pictures({"Learning curves": "tune_ppo_nine"})])
+
+
 # --- hppo: discrete choices with continuous parameters ----------------------------------------------------------------
 
 # Success rates of H-PPO in percent: Fan et al. 2019 (Moving, Catching Point), HyAR (Li et al. 2022: Hard Move), whose
@@ -651,7 +696,7 @@ SWEEPS = (
     *(ppo_continuous, ppo_table1, ppo_table1_none, ppo_table1_order),
     *(hppo, joint_loss_mujoco, joint_loss_microrts, microrts_demo, vmpo, vmpo_paper),
 )
-REPORTS = {report.__name__: report for report in (*SWEEPS, readme, readme_speed, scale)}
+REPORTS = {report.__name__: report for report in (*SWEEPS, readme, readme_speed, scale, tune_ppo)}
 
 
 def block_of(name: str) -> re.Pattern:

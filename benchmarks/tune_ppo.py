@@ -23,10 +23,11 @@ import optuna
 import pandas as pd
 import tyro
 from optuna.trial import TrialState
+from report import TIANSHOU
 from runner import HERE, Run, start
 
-TIANSHOU = {"HalfCheetah-v4": 5783.9, "Hopper-v4": 2609.3, "Walker2d-v4": 3588.5, "Ant-v4": 3258.4}
-RUNS = [(env_id, seed) for seed in (101, 102, 103) for env_id in TIANSHOU]
+TASKS = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4")
+RUNS = [(env_id, seed) for seed in (101, 102, 103) for env_id in TASKS]
 CHOICES = {  # the default first
     "num_envs": [8, 4, 16, 32],
     "num_steps": [256, 64, 128, 512],
@@ -45,17 +46,15 @@ CHOICES = {  # the default first
     "rescale_actions": [False, True],
 }
 DEFAULT = {name: choices[0] for name, choices in CHOICES.items()} | {"learning_rate": 3e-4}
-STARTS = [
-    DEFAULT,
-    DEFAULT | {"log_std_init": -1.0},
-    # examples/mujoco/mujoco_ppo.py of Tianshou, as far as these flags go
-    DEFAULT
-    | {"num_envs": 32, "num_steps": 64, "norm_adv": False, "clip_vloss": False, "vf_coef": 0.25}
-    | {"log_std_init": -0.5},
-]
+STARTS = {
+    "default": DEFAULT,
+    "default, smaller sigma": DEFAULT | {"log_std_init": -1.0},
+    # its examples/mujoco/mujoco_ppo.py, as far as these flags go
+    "Tianshou": DEFAULT
+    | {"num_envs": 32, "num_steps": 64, "norm_adv": False, "clip_vloss": False, "vf_coef": 0.25, "log_std_init": -0.5},
+}
 FOLDER = HERE / "runs" / "tune_ppo"
 TABLE = HERE / "results" / "tune_ppo.csv"
-NINE = "Ant HalfCheetah Hopper Walker2d Swimmer Humanoid Reacher InvertedPendulum InvertedDoublePendulum".split()
 
 
 @dataclass
@@ -127,11 +126,16 @@ def finished(study: optuna.Study) -> list:
 def write_table(study: optuna.Study, _):
     """results/tune_ppo.csv from the study: the best first, those that ended early last."""
     rows = [
-        {"state": trial.state.name.lower(), "value": value_of(trial), "params": json.dumps(trial.params)}
-        | trial.user_attrs
+        {
+            "state": trial.state.name.lower(),
+            "value": value_of(trial),
+            "start": next((name for name, params in STARTS.items() if params == trial.params), ""),
+            "params": json.dumps(trial.params),
+            **trial.user_attrs,
+        }
         for trial in finished(study)
     ]
-    table = pd.DataFrame(rows, columns=["state", "value", "params", *(f"{e} seed {s}" for e, s in RUNS)])
+    table = pd.DataFrame(rows, columns=["state", "value", "start", "params", *(f"{e} seed {x}" for e, x in RUNS)])
     table = table.sort_values(["state", "value"], ascending=[True, False], kind="stable")  # complete, then pruned
     temporary = TABLE.with_suffix(".tmp")
     table.to_csv(temporary, index=False)
@@ -161,15 +165,15 @@ def print_best(count: int):
     if not TABLE.exists():
         raise SystemExit(f"error: no {TABLE} yet: run the search first")
     table = pd.read_csv(TABLE)  # the best first
+    tried = table[(table.state == "complete") & (table.start != "default")].params.head(count)
     settings = {"default": ""}
-    tried = [params for params in map(json.loads, table[table.state == "complete"].params) if params != DEFAULT]
-    for place, params in enumerate(tried[:count], 1):
+    for place, params in enumerate(map(json.loads, tried), 1):
         params["learning_rate"] = float(f"{params['learning_rate']:.3g}")
         settings[f"tuned-{place}"] = " ".join(flags_of(params))
     for seed in range(1, 6):
-        for task in NINE:
+        for env_id in TIANSHOU:
             for name, flags in settings.items():
-                line = f"python ppo_continuous.py --env-id {task}-v4 --exp-name {name} --seed {seed} {flags}"
+                line = f"python ppo_continuous.py --env-id {env_id} --exp-name {name} --seed {seed} {flags}"
                 print(line.rstrip(), "--device cpu")
 
 
@@ -184,7 +188,7 @@ def main(args: Args):
     study.pruner = pruner
     if not study.trials and TABLE.exists():
         read_table(study)
-    for params in STARTS:
+    for params in STARTS.values():
         study.enqueue_trial(params, skip_if_exists=True)
     killed = (TrialState.RUNNING, TrialState.FAIL)  # what ran when the last start ended goes on
     kept = [trial.system_attrs.get("fixed_params", trial.params) for trial in study.trials if trial.state not in killed]
