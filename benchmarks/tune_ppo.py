@@ -198,7 +198,8 @@ def main(args: Args):
         if trial.state in killed and trial.params not in kept:
             kept.append(trial.params)
             study.enqueue_trial(trial.params)
-    study.sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=len(study.trials))
+    options = {"n_startup_trials": 5, "multivariate": True, "constant_liar": True}
+    study.sampler = optuna.samplers.TPESampler(**options, seed=len(study.trials))
     left = max(args.trials - len(finished(study)), 0)
     study.optimize(objective, n_trials=left, n_jobs=args.jobs, callbacks=[write_table])
     print(pd.read_csv(TABLE)[["state", "value", "params"]].head().to_string())
