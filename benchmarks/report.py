@@ -359,6 +359,8 @@ def tune_ppo() -> str:
     """The ten best settings of the search, by what they change in the first, the default."""
     trials = pd.read_csv(HERE / "results/tune_ppo.csv")
     settings = [json.loads(params) for params in trials.params]
+    for params in settings:
+        params["learning_rate"] = float(f"{params['learning_rate']:.3g}")  # as the runs have it
     (default,) = (params for params, start in zip(settings, trials.start) if start == "default")
     trials["setting"] = [
         ", ".join(plot.words(name, value) for name, value in params.items() if value != default[name]) or "the default"
