@@ -97,7 +97,8 @@ def key_of(row: dict) -> tuple[str, str, str]:
 def collect(name: str, runs: Path):
     """Join the finished runs to the committed results, and write both back."""
     paths = HERE / f"results/{name}.csv", HERE / f"results/{name}_curves.csv.gz"
-    found = [read_run(path.parent) for path in sorted((runs / name).glob("*/[!.]*/result.json"))]
+    written = sorted((runs / name).glob("*/[!.]*/result.json"))  # at the training's end, and after the evaluation
+    found = [read_run(path.parent) for path in written if "eval_returns" in path.read_text()]
     for key, same in groupby(sorted(found, key=lambda run: key_of(run[0])), lambda run: key_of(run[0])):
         commands = sorted({row["command"] for row, _ in same})
         if len(commands) > 1:
@@ -695,7 +696,7 @@ def scale() -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 SWEEPS = (
-    *(ppo_continuous, ppo_table1, ppo_table1_none, ppo_table1_order),
+    *(ppo_continuous, ppo_table1, ppo_table1_none, ppo_table1_order, tune_ppo_nine),
     *(hppo, joint_loss_mujoco, joint_loss_microrts, microrts_demo, vmpo, vmpo_paper),
 )
 REPORTS = {report.__name__: report for report in (*SWEEPS, readme, readme_speed, scale, tune_ppo)}

@@ -132,6 +132,8 @@ def test_new_runs_join_the_committed_ones_and_the_same_runs_give_the_same_bytes(
 
     shutil.rmtree(copy / "runs")  # as on another machine: the committed rows stay
     add("clip-0.1", "Walker2d-v4", 1)
+    add("clip-0.1", "Walker2d-v4", 2)
+    (copy / "runs/ppo_table1/clip-0.1Walker2d-v42/folder/result.json").write_text('{"global_step": 1}')  # evaluates yet
     done = run_report(copy, "ppo_table1", "--runs", copy / "runs")
     assert done.stdout == "ppo_table1: 9 runs\n"
     rows = (results / "ppo_table1.csv").read_text().splitlines()
@@ -233,6 +235,54 @@ def test_a_real_run_of_another_script_has_a_row_and_a_table(tmp_path, monkeypatc
     text = report.hppo(*both)
     assert "| HybridMoving-v0 | 0.0M |" in text and "| HybridMoving-v0, 10M | 0.0M |" in text
     assert (tmp_path / "figures/hppo_curves.png").exists()
+
+
+def test_the_search_s_table_has_the_best_settings_by_what_they_change(tmp_path, monkeypatch):
+    default = {"num_envs": 8, "norm_adv": True, "learning_rate": 0.0003}
+    tasks = [
+        f"{task}-v4 seed {seed}" for seed in (101, 102, 103) for task in ("HalfCheetah", "Hopper", "Walker2d", "Ant")
+    ]
+    trials = [
+        {
+            "state": "complete",
+            "value": 0.9,
+            "start": "",
+            "params": default | {"norm_adv": False, "learning_rate": 0.00123456},
+        },
+        {"state": "complete", "value": 0.5, "start": "default", "params": default},
+        {"state": "pruned", "value": 0.7, "start": "", "params": default | {"num_envs": 32}},
+    ]
+    for trial, count, score in zip(trials, (12, 12, 4), (3000.0, 1000.0, 2000.0)):
+        trial |= {"params": json.dumps(trial["params"])} | {task: score for task in tasks[:count]}
+    (tmp_path / "results").mkdir()
+    pd.DataFrame(trials).to_csv(tmp_path / "results/tune_ppo.csv", index=False)
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    assert report.tune_ppo().splitlines()[0] == "3 settings, 28 runs; 1 settings ended early."
+    assert report.tune_ppo().splitlines()[4:] == [
+        "| norm adv off, learning rate 0.00123 | 0.900 | 3000 | 3000 | 3000 | 3000 |",
+        "| the default | 0.500 | 1000 | 1000 | 1000 | 1000 |",
+    ]
+
+
+def test_nine_tasks_are_scored_between_the_random_policy_and_tianshou(tmp_path, monkeypatch):
+    random = pd.read_csv(ROOT / "benchmarks/results/random_policy.csv", index_col="env_id")["mean"]
+    (tmp_path / "results").mkdir()
+    random.to_csv(tmp_path / "results/random_policy.csv")
+    rows = pd.DataFrame(
+        [
+            {"setting": setting, "env_id": env_id, "seed": seed, "score": score, "steps": 1e6}
+            for env_id, peer in report.TIANSHOU.items()
+            for setting, score in (("default", random[env_id]), ("tuned-1", peer))
+            for seed in (1, 2)
+        ]
+    )
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    curves = pd.concat([rows.iloc[:, :3], pd.DataFrame(np.ones((len(rows), 200)))], axis=1)
+    text = report.tune_ppo_nine(rows, curves)
+    assert "| default | 0.00 [0.00, 0.00] | 0.00 [0.00, 0.00] | 18 of 45 |" in text
+    assert "| tuned-1 | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] | 18 of 45 |" in text
+    assert "| Reacher-v4 | -42.9 [-42.9, -42.9] | -4.1 [-4.1, -4.1] | -4.1 |" in text
+    assert (tmp_path / "figures/tune_ppo_nine.png").exists()
 
 
 def test_the_tournament_has_a_column_for_each_bot_and_the_mean_over_the_seeds(tmp_path, monkeypatch):
