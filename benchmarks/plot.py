@@ -221,8 +221,8 @@ def name_groups(runs: list[Run], by: tuple[str, ...]) -> list[str]:
         named = dict.fromkeys(named, by)
     elif max(map(len, named.values())) > MANY:
         notice("some runs differ in many settings: --by exp_name, or another setting, gives them shorter names")
-    rows = [row[named[row["script"], row["exp_name"]]].dropna() for _, row in table.iterrows()]
-    return [", ".join(row) or ("the others" if by else row_name) for row, row_name in zip(rows, table["exp_name"])]
+    named_rows = [(row, row[named[row["script"], row["exp_name"]]].dropna()) for _, row in table.iterrows()]
+    return [", ".join(name) or ("the others" if by else row["exp_name"]) for row, name in named_rows]
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
