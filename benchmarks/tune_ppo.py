@@ -23,11 +23,10 @@ import optuna
 import pandas as pd
 import tyro
 from optuna.trial import TrialState
-from report import TIANSHOU
+from report import SEARCHED, TIANSHOU
 from runner import HERE, Run, start
 
-TASKS = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4")
-RUNS = [(env_id, seed) for seed in (101, 102, 103) for env_id in TASKS]
+RUNS = [(env_id, seed) for seed in (101, 102, 103) for env_id in SEARCHED]
 CHOICES = {  # the default first
     "num_envs": [8, 4, 16, 32],
     "num_steps": [256, 64, 128, 512],

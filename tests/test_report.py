@@ -272,16 +272,19 @@ def test_nine_tasks_are_scored_between_the_random_policy_and_tianshou(tmp_path, 
         [
             {"setting": setting, "env_id": env_id, "seed": seed, "score": score, "steps": 1e6}
             for env_id, peer in report.TIANSHOU.items()
-            for setting, score in (("default", random[env_id]), ("tuned-1", peer))
+            for on_four in [peer if env_id in report.SEARCHED else random[env_id]]
+            for setting, score in (("default", random[env_id]), ("tuned-1", peer), ("tuned-2", on_four))
             for seed in (1, 2)
         ]
     )
     monkeypatch.setattr(report, "HERE", tmp_path)
     curves = pd.concat([rows.iloc[:, :3], pd.DataFrame(np.ones((len(rows), 200)))], axis=1)
     text = report.tune_ppo_nine(rows, curves)
-    assert "| default | 0.00 [0.00, 0.00] | 0.00 [0.00, 0.00] | 18 of 45 |" in text
-    assert "| tuned-1 | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] | 18 of 45 |" in text
-    assert "| Reacher-v4 | -42.9 [-42.9, -42.9] | -4.1 [-4.1, -4.1] | -4.1 |" in text
+    zero, one = "0.00 [0.00, 0.00]", "1.00 [1.00, 1.00]"
+    assert f"| default | {zero} | {zero} | {zero} | {zero} | 18 of 45 |" in text
+    assert f"| tuned-1 | {one} | {one} | {one} | {one} | 18 of 45 |" in text
+    assert f" | {one} | {zero} | 0.44 [0.44, 0.44] | 18 of 45 |" in text  # 4 of 9 tasks
+    assert "| Reacher-v4 | -42.9 [-42.9, -42.9] | -4.1 [-4.1, -4.1] | -42.9 [-42.9, -42.9] | -4.1 |" in text
     assert (tmp_path / "figures/tune_ppo_nine.png").exists()
 
 
